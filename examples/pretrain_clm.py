@@ -1,0 +1,234 @@
+"""Train a byte-level language model from scratch and shrink its state on the way.
+
+Without arguments: five minutes on two cores with the text in examples/data. Any argument of `TrainingArguments` and
+`CompressionConfig` can be given, for instance `--tolerance 0.02` or `--max_steps 100`.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import chain
+from math import log
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+
+from byte_tokenizer import byte_tokenizer
+from common import StepTimer, fail, parse_arguments, state_sizes
+from hf_compressm import CompressionConfig, CompreSSMCallback
+from metrics import most_likely_class, next_token_accuracy
+
+DEFAULTS = {
+    "output_dir": "outputs/pretrain_clm",
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 4e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    "logging_steps": 50,
+    "report_to": "none",
+}
+
+
+@dataclass
+class DataArguments:
+    """The text to learn from."""
+
+    train_file: str = field(
+        default=str(Path(__file__).parent / "data" / "tinyshakespeare.txt"),
+        metadata={"help": "A text file (.txt), or a table with a column of texts (.parquet)."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The like to validate on. Default: the end of the training text."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Name of a dataset on the Hub, instead of `train_file`."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
+    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    validation_fraction: float = field(
+        default=0.1,
+        metadata={"help": "Part of the training text, at its end, to validate on if there is no other."},
+    )
+    sequence_length: int = field(default=256, metadata={"help": "Bytes per training sequence."})
+
+
+class EvaluateAroundReductions(TrainerCallback):
+    """Evaluate one step before the first reduction and right after the last."""
+
+    def __init__(self, compression: CompressionConfig):
+        self.compression = compression
+        self.before = self.after = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Look up the schedule."""
+        events = self.compression.events(state.max_steps)
+        self.before, self.after = events[0] - 1, events[-1]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for an evaluation."""
+        if state.global_step in (self.before, self.after):
+            control.should_evaluate = True
+
+
+def load_texts(data: DataArguments) -> DatasetDict:
+    """The texts, one per row of `text_column`, as splits "train" and, if there is one, "validation"."""
+    if data.dataset_name:
+        splits = load_dataset(data.dataset_name, data.dataset_config_name)
+    else:
+        files = {"train": data.train_file, "validation": data.validation_file}
+        splits = DatasetDict({split: read_file(path, data.text_column) for split, path in files.items() if path})
+    for split, texts in splits.items():
+        if data.text_column not in texts.column_names:
+            raise ValueError(
+                f"split {split!r} has the columns {texts.column_names}, but no {data.text_column!r}; "
+                "name the right one with --text_column"
+            )
+    return splits
+
+
+def read_file(path: str, text_column: str) -> Dataset:
+    """One row with a whole text file, or the rows of a parquet file."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    match Path(path).suffix:
+        case ".txt":
+            return Dataset.from_dict({text_column: [Path(path).read_bytes().decode("utf-8")]})
+        case ".parquet":
+            return Dataset.from_parquet(path)
+        case other:
+            raise ValueError(f"expected a .txt or .parquet file, found {other or 'no suffix'} in {path}")
+
+
+def load_sequences(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+    """Training and validation sequences: the texts one after the other, cut at every `sequence_length` tokens."""
+    length = data.sequence_length
+
+    def cut(batch):
+        texts = tokenizer(batch[data.text_column], return_attention_mask=False)["input_ids"]
+        tokens = np.fromiter(chain.from_iterable([*text, tokenizer.eos_token_id] for text in texts), dtype=np.int32)
+        rows = len(tokens) // length
+        return {"input_ids": tokens[: rows * length].reshape(rows, length)}
+
+    splits = load_texts(data)
+    train = splits["train"]
+    train = train.map(cut, batched=True, remove_columns=train.column_names)
+    if "validation" in splits:
+        validation = splits["validation"]
+        validation = validation.map(cut, batched=True, remove_columns=validation.column_names)
+    else:
+        kept = len(train) - max(1, round(data.validation_fraction * len(train)))
+        train, validation = train.select(range(max(0, kept))), train.select(range(max(0, kept), len(train)))
+    if not len(train) or not len(validation):
+        raise ValueError(
+            f"{len(train)} training and {len(validation)} validation sequences of {length} tokens are too few; "
+            "give more text or a smaller --sequence_length"
+        )
+    return train.with_format("numpy"), validation.with_format("numpy")
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of equally long sequences; the model shifts the labels itself."""
+    input_ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows]).astype(np.int64))
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def byte_entropy(sequences: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Entropy in nats of the bytes of a text, taken one by one: the loss of the best model without any context."""
+    text = tokenizer.decode(np.concatenate(sequences["input_ids"]), skip_special_tokens=True).encode()
+    return -sum(count / len(text) * log(count / len(text)) for count in Counter(text).values())
+
+
+def nats(loss: float | None) -> str:
+    """A loss, or a dash for none."""
+    return "-" if loss is None else f"{loss:.3f}"
+
+
+def milliseconds(time: float | None) -> str:
+    """A time, or a dash for none."""
+    return "-" if time is None else f"{time:.0f}"
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Columns of equal width, the numbers to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    print()
+    for label, *cells in rows:
+        numbers = (cell.rjust(width) for cell, width in zip(cells, others, strict=True))
+        print("  ".join([label.ljust(first), *numbers]).rstrip())
+    print()
+
+
+def main(args: list[str] | None = None) -> None:
+    """Train, measure, save, print."""
+    model_args, data_args, compression, training = parse_arguments(DataArguments, __doc__, DEFAULTS, args)
+    set_seed(training.seed)
+    tokenizer = byte_tokenizer()
+    try:
+        train, validation = load_sequences(data_args, tokenizer)
+        config = model_args.config(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except ValueError as error:
+        fail(error)
+    model = AutoModelForCausalLM.from_config(config)
+    sizes, parameters = state_sizes(model.config), model.num_parameters()
+    entropy = byte_entropy(validation, tokenizer)
+    print(f"{len(train):,} training and {len(validation):,} validation sequences of {data_args.sequence_length} bytes")
+    print(f"{parameters:,} parameters, state sizes {sizes}")
+    print(f"entropy of single validation bytes: {entropy:.3f} nats, {entropy / log(2):.3f} bits")
+
+    timer, around = StepTimer(), EvaluateAroundReductions(compression)
+    callbacks = [timer, around, CompreSSMCallback(compression)] if model_args.do_compress else [timer]
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collate,
+        processing_class=tokenizer,
+        preprocess_logits_for_metrics=most_likely_class,
+        compute_metrics=next_token_accuracy,
+        callbacks=callbacks,
+    )
+    trainer.train()
+    final = trainer.evaluate()
+    trainer.save_model()
+
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    end = trainer.state.global_step
+    first, last = (around.before + 1, around.after) if model_args.do_compress else (end, end)
+    rows = [("", "before", "after", "at the end")]
+    for layer, (old, new) in enumerate(zip(sizes, state_sizes(model.config), strict=True)):
+        rows.append((f"state size, layer {layer}", f"{old}", f"{new}", ""))
+    rows += [
+        ("parameters", f"{parameters:,}", f"{model.num_parameters():,}", ""),
+        (
+            "training step, median (ms)",
+            milliseconds(timer.median_ms(range(1, first + 1))),
+            milliseconds(timer.median_ms(range(last + 1, end + 1))),
+            "",
+        ),
+        (
+            "validation loss (nats per byte)",
+            nats(losses.get(around.before)),
+            nats(losses.get(around.after)),
+            nats(final["eval_loss"]),
+        ),
+        ("entropy of single bytes (nats)", "", "", nats(entropy)),
+    ]
+    print_table(rows)
+    print(f"{final['eval_loss'] / log(2):.3f} bits per byte; {final['eval_accuracy']:.1%} of the bytes guessed right")
+    print(f"saved to {training.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

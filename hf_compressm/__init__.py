@@ -1,0 +1,37 @@
+"""State space models that shrink while they train, for the Hugging Face ecosystem."""
+
+import logging as _logging
+
+from .compression import compress, hankel_singular_values
+from .config import CompressionConfig
+from .models import MimoSSMConfig, MimoSSMForCausalLM, MimoSSMForSequenceClassification, MimoSSMModel
+from .param_groups import ssm_param_groups
+from .reducers import register_reducer
+from .report import CompressionReport
+from .surgery import UnsupportedSetupError
+from .training import CompreSSMCallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompreSSMCallback",
+    "CompressionConfig",
+    "CompressionReport",
+    "MimoSSMConfig",
+    "MimoSSMForCausalLM",
+    "MimoSSMForSequenceClassification",
+    "MimoSSMModel",
+    "UnsupportedSetupError",
+    "compress",
+    "hankel_singular_values",
+    "register_reducer",
+    "ssm_param_groups",
+]
+
+# As transformers does: reductions are seen without any set-up by the user, who may still set another level or handler.
+_logger = _logging.getLogger(__name__)
+if not _logger.handlers:
+    _handler = _logging.StreamHandler()
+    _handler.setFormatter(_logging.Formatter("[%(name)s] %(message)s"))
+    _logger.addHandler(_handler)
+    _logger.setLevel(_logging.INFO)

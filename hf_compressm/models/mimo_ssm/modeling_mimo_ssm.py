@@ -1,0 +1,498 @@
+"""The MIMO SSM: blocks of a linear recurrent unit (LRU) with a complex diagonal state, and a gated linear unit."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from ...ops import lru_scan
+from ...surgery.parameters import resize_parameter_
+from ..per_layer import layer_state_sizes, set_layer_state_size
+from .configuration_mimo_ssm import MimoSSMConfig
+
+
+@dataclass
+class MimoSSMModelOutput(ModelOutput):
+    """Output of [`MimoSSMModel`].
+
+    `last_hidden_state (batch, L, hidden_size)`; `cache_params`: the recurrent state after the last token, to be passed
+    to the next call; `hidden_states`: embeddings and the output of each block, the last one normalised.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    cache_params: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MimoSSMCausalLMOutput(ModelOutput):
+    """Output of [`MimoSSMForCausalLM`]: `logits (batch, L, vocab_size)`, the rest as in [`MimoSSMModelOutput`]."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache_params: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MimoSSMSequenceClassifierOutput(ModelOutput):
+    """Output of [`MimoSSMForSequenceClassification`]: `logits (batch, num_labels)`."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class LRU(nn.Module):
+    r"""Linear recurrent unit: $h_t = \lambda \odot h_{t-1} + \gamma \odot (\hat B u_t)$, $y_t = Re(C h_t) + D \odot u_t$.
+
+    $\lambda = \exp(-\exp(\nu) + i\theta)$ and $\gamma = \sqrt{1 - |\lambda|^2}$, which keeps the state's size the same
+    for any $\lambda$ (Orvieto et al., arXiv 2303.06349, section 3). The state stays in float32 in lower precisions.
+
+    Its state size can change in place: `resize_state`, and loading a state dict of another size.
+    """
+
+    state_dims = {"nu_log": 0, "theta": 0, "B_re": 0, "B_im": 0, "C_re": 1, "C_im": 1}
+    no_weight_decay = frozenset({"nu_log", "theta", "D"})
+
+    def __init__(self, config: MimoSSMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        n, width = config.per_layer_config[layer_idx].state_size, config.hidden_size
+        at_least_float32 = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.nu_log = nn.Parameter(torch.empty(n, dtype=at_least_float32))
+        self.theta = nn.Parameter(torch.empty(n, dtype=at_least_float32))
+        self.B_re = nn.Parameter(torch.empty(n, width))
+        self.B_im = nn.Parameter(torch.empty(n, width))
+        self.C_re = nn.Parameter(torch.empty(width, n))
+        self.C_im = nn.Parameter(torch.empty(width, n))
+        self.D = nn.Parameter(torch.empty(width))
+
+    @property
+    def state_size(self) -> int:
+        return self.nu_log.shape[0]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Loaders replace whole Parameters, so the mark is set wherever one arrives.
+        if name in self.no_weight_decay and param is not None:
+            param._no_weight_decay = True
+        super().register_parameter(name, param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copies of a Parameter lose their attributes.
+        super().__setstate__(state)
+        for name in self.no_weight_decay:
+            getattr(self, name)._no_weight_decay = True
+
+    def forward(
+        self, u: torch.Tensor, mask: torch.Tensor | None = None, cache_params: Cache | None = None
+    ) -> torch.Tensor:
+        """`u (batch, L, hidden_size)`, `mask (batch, L)` False where the state must stay as it is; returns y like u."""
+        nu = torch.exp(self.nu_log.to(torch.promote_types(self.nu_log.dtype, torch.float32)))
+        radius, theta = torch.exp(-nu), self.theta.to(nu.dtype)
+        gamma = torch.sqrt(-torch.expm1(-2 * nu))[:, None]
+        state = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
+        y, state = lru_scan(
+            u,
+            radius * torch.cos(theta),
+            radius * torch.sin(theta),
+            gamma * self.B_re,
+            gamma * self.B_im,
+            self.C_re,
+            self.C_im,
+            h0=state,
+            mask=mask,
+        )
+        if cache_params is not None:
+            self._store_state(cache_params, state)
+        return y + self.D * u
+
+    def _store_state(self, cache_params: Cache, state: torch.Tensor) -> None:
+        cache_params.update_recurrent_state(state.detach(), self.layer_idx)
+        # The cache sets these with a convolution's state, and this layer has none.
+        layer = cache_params.layers[self.layer_idx]
+        layer.has_previous_state[0] = True
+        layer.dtype, layer.device = state.dtype, state.device
+
+    def resize_state(self, n: int) -> None:
+        """Change the state size to `n` in place; the new contents are zero, to be overwritten.
+
+        Every `Parameter` stays the same object with its attributes, its gradient is dropped, and the config that the
+        layers share is brought up to date. Optimizer state is the caller's to change.
+
+        Raises:
+            ValueError: `n` is below 1.
+        """
+        set_layer_state_size(self.config, self.layer_idx, n)
+        for name, dim in self.state_dims.items():
+            param = getattr(self, name)
+            shape = list(param.shape)
+            shape[dim] = n
+            resize_parameter_(param, param.new_zeros(shape))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args, **kwargs) -> None:
+        # A checkpoint written after a reduction, or before one, has another state size. Tensors that disagree with
+        # each other, or in any other dimension, are left to the ordinary error.
+        sizes = set()
+        for name, dim in self.state_dims.items():
+            if (tensor := state_dict.get(prefix + name)) is not None:
+                own, new = list(getattr(self, name).shape), list(tensor.shape)
+                fits = len(own) == len(new) and own[:dim] + own[dim + 1 :] == new[:dim] + new[dim + 1 :]
+                sizes.add(new[dim] if fits else None)
+        if len(sizes) == 1 and not sizes & {None, 0, self.state_size}:
+            self.resize_state(sizes.pop())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.D.shape[0]}, state_size={self.state_size}"
+
+
+class MimoSSMBlock(GradientCheckpointingLayer):
+    """Layer norm, LRU, GELU, dropout, gated linear unit, dropout, and the residual connection around them."""
+
+    def __init__(self, config: MimoSSMConfig, layer_idx: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = LRU(config, layer_idx)
+        self.gate = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, cache_params: Cache | None = None
+    ) -> torch.Tensor:
+        mixed = self.mixer(self.norm(hidden_states), mask=mask, cache_params=cache_params)
+        gated = nn.functional.glu(self.gate(self.dropout(nn.functional.gelu(mixed))), dim=-1)
+        return hidden_states + self.dropout(gated)
+
+
+class MimoSSMPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading, common to the models of this file."""
+
+    config: MimoSSMConfig
+    config_class = MimoSSMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _no_split_modules = ["MimoSSMBlock"]
+    _keep_in_fp32_modules_strict = ["nu_log", "theta"]
+    _can_record_outputs = {"hidden_states": MimoSSMBlock}
+
+    def get_input_embeddings(self) -> nn.Module:
+        base = self.base_model
+        return base.input_proj if base.embed_tokens is None else base.embed_tokens
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LRU):
+            self._init_lru(module)
+
+    def _init_lru(self, lru: LRU) -> None:
+        """Eigenvalues uniform on the ring r_min <= |lambda| <= r_max (arXiv 2303.06349, lemma 3.2)."""
+        inner, outer = self.config.r_min**2, self.config.r_max**2
+        eps = torch.finfo(torch.float32).eps
+        area = torch.rand(lru.state_size, dtype=torch.float64, device=lru.nu_log.device)
+        area = (inner + area * (outer - inner)).clamp(eps, 1 - eps)
+        init.copy_(lru.nu_log, torch.log(-0.5 * torch.log(area)))
+        init.uniform_(lru.theta, 0, self.config.max_phase)
+        for weight in (lru.B_re, lru.B_im):
+            init.normal_(weight, std=1 / math.sqrt(2 * self.config.hidden_size))
+        for weight in (lru.C_re, lru.C_im):
+            init.normal_(weight, std=1 / math.sqrt(lru.state_size))
+        init.normal_(lru.D)
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # transformers gives weights that do not fit random values, or an error that names no shape.
+        _check_weights_fit(model, loading_info, load_config.ignore_mismatched_sizes)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+
+def _check_weights_fit(model: MimoSSMPreTrainedModel, loading_info, ignore_mismatched_sizes: bool) -> None:
+    """Raise a ValueError when blocks of the model and of the checkpoint differ in number or in shape."""
+    in_block = re.compile(r"(^|\.)layers\.(\d+)\.").search
+    wrong = [
+        f"{name}: config gives {tuple(expected)}, checkpoint has {tuple(found)}"
+        for name, found, expected in sorted(loading_info.mismatched_keys)
+        if in_block(name) or not ignore_mismatched_sizes
+    ]
+    wrong += [f"{name}: not in the checkpoint" for name in sorted(loading_info.missing_keys) if in_block(name)]
+    wrong += [f"{name}: in the checkpoint only" for name in sorted(loading_info.unexpected_keys) if in_block(name)]
+    if wrong:
+        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(
+            f"the config does not fit the weights (num_hidden_layers={model.config.num_hidden_layers}, "
+            f"hidden_size={model.config.hidden_size}, state sizes {layer_state_sizes(model.config)}):\n  "
+            + "\n  ".join(wrong[:8])
+            + more
+            + "\nLoad the weights with the config.json that was saved beside them, or give the config their sizes."
+        )
+
+
+class MimoSSMModel(MimoSSMPreTrainedModel):
+    """Embedding or input projection, the blocks, and a final layer norm."""
+
+    def __init__(self, config: MimoSSMConfig):
+        super().__init__(config)
+        self.embed_tokens = None if config.vocab_size is None else nn.Embedding(config.vocab_size, config.hidden_size)
+        self.input_proj = None if config.input_size is None else nn.Linear(config.input_size, config.hidden_size)
+        self.layers = nn.ModuleList([MimoSSMBlock(config, idx) for idx in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MimoSSMModelOutput:
+        r"""Run the blocks on exactly one kind of input.
+
+        Args:
+            input_ids: (batch, L), for models with a `vocab_size`.
+            attention_mask: (batch, L), 0 for padding: it changes no state and no other token. With `cache_params` it
+                may also cover the earlier tokens; its last L columns count.
+            inputs_embeds: (batch, L, hidden_size), instead of embedded tokens.
+            input_values: (batch, L, input_size), or (batch, L) when `input_size` is 1.
+            cache_params: the states to go on from, as returned by an earlier call; they change in place.
+            use_cache: whether to return the states; by default `config.use_cache`, and not in training.
+
+        Raises:
+            ValueError: none or several inputs, an input that the config has no size for, a mask that does not fit, or
+                `cache_params` together with gradient checkpointing.
+        """
+        if self.gradient_checkpointing and self.training:
+            if cache_params is not None:
+                raise ValueError(
+                    "gradient checkpointing would run each recurrence twice on `cache_params`: "
+                    "pass no cache, or call gradient_checkpointing_disable()"
+                )
+            use_cache = False
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        hidden_states, mask = self._embed(input_ids, inputs_embeds, input_values, attention_mask, cache_params)
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=self.config)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask=mask, cache_params=cache_params)
+        return MimoSSMModelOutput(
+            last_hidden_state=self.norm(hidden_states), cache_params=cache_params if use_cache else None
+        )
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        input_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache_params: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings, zero at padding whatever the padding holds, and the mask of the tokens given now."""
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "input_values": input_values}
+        given = [name for name, value in inputs.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(inputs)}; found {' and '.join(given) or 'none'}")
+        if input_ids is not None and self.embed_tokens is None:
+            raise ValueError("found input_ids, but the config has no vocab_size: set it, or pass input_values")
+        if input_values is not None and self.input_proj is None:
+            raise ValueError("found input_values, but the config has no input_size: set it, or pass input_ids")
+        values = inputs[given[0]]
+        mask = _padding_mask(attention_mask, values, has_cache=cache_params is not None)
+        if input_ids is not None:
+            embeddings = self.embed_tokens(input_ids)
+        elif inputs_embeds is not None:
+            embeddings = inputs_embeds
+        else:
+            embeddings = self._project(input_values, mask)
+        return (embeddings if mask is None else embeddings.masked_fill(~mask[..., None], 0)), mask
+
+    def _project(self, input_values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        size = self.config.input_size
+        values = input_values.unsqueeze(-1) if input_values.dim() == 2 else input_values
+        if values.dim() != 3 or values.shape[-1] != size:
+            raise ValueError(
+                f"expected input_values of shape (batch, L, {size}){' or (batch, L)' if size == 1 else ''}, "
+                f"found {tuple(input_values.shape)}"
+            )
+        if mask is not None:
+            values = values.masked_fill(~mask[..., None], 0)
+        return self.input_proj(values.to(self.input_proj.weight.dtype))
+
+
+def _padding_mask(attention_mask: torch.Tensor | None, values: torch.Tensor, has_cache: bool) -> torch.Tensor | None:
+    """The boolean mask (batch, L) of the tokens given now, from a mask that may also cover those in the cache."""
+    if attention_mask is None:
+        return None
+    batch, length = values.shape[:2]
+    fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch
+    longer_is_fine = has_cache and fits and attention_mask.shape[1] >= length
+    if not fits or (attention_mask.shape[1] != length and not longer_is_fine):
+        raise ValueError(
+            f"expected attention_mask of shape {(batch, length)}{' or longer' if has_cache else ''}, "
+            f"found {tuple(attention_mask.shape)}"
+        )
+    return attention_mask[:, attention_mask.shape[1] - length :].bool()
+
+
+class MimoSSMForCausalLM(MimoSSMPreTrainedModel, GenerationMixin):
+    """The model with a language modelling head; `generate()` carries the recurrent state from token to token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MimoSSMConfig):
+        if config.vocab_size is None:
+            raise ValueError("a causal language model needs `vocab_size` in its config, found None")
+        super().__init__(config)
+        self.model = MimoSSMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # generate() would create a cache named past_key_values and ask for its length, which recurrent states do not
+        # have; so the first forward pass creates it, under the name cache_params.
+        return False
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """The prompt in pieces of `prefill_chunk_size`, which transformers offers for `past_key_values` only."""
+        size = generation_config.prefill_chunk_size
+        if size is None or model_kwargs.get("inputs_embeds") is not None or not model_kwargs.get("use_cache"):
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        attention_mask = model_kwargs.pop("attention_mask", None)
+        earlier = 0 if attention_mask is None else attention_mask.shape[1] - input_ids.shape[1]
+        for chunk in input_ids.split(size, dim=1):
+            earlier += chunk.shape[1]
+            model_kwargs["attention_mask"] = None if attention_mask is None else attention_mask[:, :earlier]
+            inputs = self.prepare_inputs_for_generation(chunk, is_first_iteration=is_first_iteration, **model_kwargs)
+            outputs = self(**inputs, return_dict=True)
+            model_kwargs["cache_params"] = outputs.cache_params
+        model_kwargs["attention_mask"] = attention_mask
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MimoSSMCausalLMOutput:
+        r"""As [`MimoSSMModel.forward`], and logits.
+
+        Args:
+            labels: (batch, L), usually `input_ids` themselves: the shift by one happens inside, -100 is ignored.
+            logits_to_keep: compute the logits of the last tokens only (0: all), or of the given positions.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MimoSSMCausalLMOutput(
+            loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
+        )
+
+
+class MimoSSMForSequenceClassification(MimoSSMPreTrainedModel):
+    """The model with a classification or regression head on the mean, or on the last, of the real tokens."""
+
+    def __init__(self, config: MimoSSMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MimoSSMModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        if config.vocab_size is None:
+            self.main_input_name = "input_values"
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MimoSSMSequenceClassifierOutput:
+        r"""As [`MimoSSMModel.forward`], and logits for the sequence.
+
+        Args:
+            labels: (batch,) classes or values, or (batch, num_labels); `config.problem_type` says which loss, and is
+                inferred from the first labels when None.
+            num_items_in_batch: number of labels over all micro-batches of a step; the loss is then divided by it.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            use_cache=False,
+            **kwargs,
+        )
+        logits = self.score(_pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
+        loss = None
+        if labels is not None:
+            pooled = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = self.loss_function(labels=labels, pooled_logits=pooled, logits=pooled, config=self.config)
+            if num_items_in_batch is not None:
+                # The loss functions take a mean over this micro-batch, and some of them know no other.
+                loss = loss * (labels.ne(-100).sum() / num_items_in_batch)
+        return MimoSSMSequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+def _pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """(batch, L, d) -> (batch, d) over the tokens whose mask is not 0; a row without any gives finite values."""
+    if attention_mask is None:
+        return hidden_states.mean(1) if pooling == "mean" else hidden_states[:, -1]
+    mask = attention_mask.bool()
+    if pooling == "mean":
+        total = hidden_states.masked_fill(~mask[..., None], 0).sum(1)
+        return total / mask.sum(1, keepdim=True).clamp(min=1)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (positions * mask).argmax(1)
+    return hidden_states[torch.arange(mask.shape[0], device=mask.device), last]
+
+
+__all__ = [
+    "LRU",
+    "MimoSSMBlock",
+    "MimoSSMCausalLMOutput",
+    "MimoSSMForCausalLM",
+    "MimoSSMForSequenceClassification",
+    "MimoSSMModel",
+    "MimoSSMModelOutput",
+    "MimoSSMPreTrainedModel",
+    "MimoSSMSequenceClassifierOutput",
+]

@@ -1,0 +1,44 @@
+"""Optimizer parameter groups for state space models."""
+
+from torch import nn
+
+from .reducers import find_reducible
+
+
+def ssm_param_groups(
+    model: nn.Module, lr: float, ssm_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict]:
+    """Parameter groups that treat the recurrence apart, for any `torch.optim` optimizer.
+
+    The parameters of reducible layers are usually trained with a smaller learning rate than the rest and without
+    weight decay, which would pull the eigenvalues towards an arbitrary point (Orvieto et al., 2023, appendix B).
+    Biases, norms and other vectors have no weight decay either.
+
+    Args:
+        model: any model with reducible layers.
+        lr: learning rate of the rest.
+        ssm_lr: learning rate of the reducible layers; None: the same.
+        weight_decay: of the matrices outside the reducible layers.
+
+    Returns:
+        Up to three groups: decayed, not decayed, state space. Parameters without gradient are left out.
+
+    Raises:
+        ValueError: `model` has no reducible layer.
+    """
+    layers = [module for module, _ in find_reducible(model).values()]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no reducible layer: there is no state space group to make.")
+    ssm = {id(p) for module in layers for p in module.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rest = [p for p in trained if id(p) not in ssm]
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+        {
+            "params": [p for p in trained if id(p) in ssm],
+            "lr": lr if ssm_lr is None else ssm_lr,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,178 @@
+"""What was reduced, when, and at what cost: a record that is saved beside the model."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+REPORT_NAME = "compression_report.json"
+
+
+@dataclass
+class LayerReport:
+    """One layer in one event.
+
+    Attributes:
+        name: of the layer in the model.
+        before, after: state sizes; equal if the layer was left alone.
+        method: that reduced it; empty if it was left alone.
+        energy_discarded: fraction of Σσ that was cut off.
+        error_bound: H∞ bound of the error of the layer's map, ``2 Σ_{i>r} σ_i``; None where there is none.
+        relative_error: H₂ error of the layer's map, relative to its norm; None where it is not known.
+        hankel_singular_values: before the event, descending.
+        note: why the layer was left alone, if it was.
+    """
+
+    name: str
+    before: int
+    after: int
+    method: str = ""
+    energy_discarded: float = 0.0
+    error_bound: float | None = None
+    relative_error: float | None = None
+    hankel_singular_values: list[float] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass
+class CompressionEvent:
+    """One pass over the model: after which optimizer step (None outside training), how long, and every layer."""
+
+    layers: list[LayerReport]
+    seconds: float
+    step: int | None = None
+    dry_run: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether any layer has a new size."""
+        return any(layer.after != layer.before for layer in self.layers)
+
+    def summary(self) -> dict[str, float]:
+        """Numbers for a logger: sizes, and over the reduced layers the largest discarded energy and bound."""
+        reduced = [layer for layer in self.layers if layer.after != layer.before]
+        bounds = [layer.error_bound for layer in reduced if layer.error_bound is not None]
+        return {
+            "compressm/total_state_size": sum(layer.after for layer in self.layers),
+            "compressm/layers_reduced": len(reduced),
+            "compressm/max_energy_discarded": max((layer.energy_discarded for layer in reduced), default=0.0),
+            "compressm/max_error_bound": max(bounds, default=0.0),
+            "compressm/seconds": self.seconds,
+            **{f"compressm/state_size/{layer.name}": layer.after for layer in self.layers},
+        }
+
+    def __str__(self) -> str:
+        """One line."""
+        sizes = ", ".join(f"{layer.before}→{layer.after}" for layer in self.layers)
+        summary = self.summary()
+        where = "" if self.step is None else f"step {self.step}: "
+        would = "would reduce" if self.dry_run else "reduced"
+        return (
+            f"{where}{would} {summary['compressm/layers_reduced']} of {len(self.layers)} layers, states {sizes}; "
+            f"discarded at most {summary['compressm/max_energy_discarded']:.2%} of the Hankel singular values, "
+            f"H∞ error at most {summary['compressm/max_error_bound']:.3g}, in {self.seconds:.2f} s"
+        )
+
+
+@dataclass
+class CompressionReport:
+    """All events of a run and the options they followed. Saved as `compression_report.json`."""
+
+    config: dict
+    events: list[CompressionEvent] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """Plain types only, as `from_dict` and JSON take them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "CompressionReport":
+        """The inverse of `to_dict`."""
+        events = [
+            CompressionEvent(**{**event, "layers": [LayerReport(**layer) for layer in event["layers"]]})
+            for event in data["events"]
+        ]
+        return cls(config=data["config"], events=events)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report to a file, or into a directory under its standard name; the path is returned."""
+        path = _resolve(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CompressionReport":
+        """Read a report from a file, or from a directory that holds one.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is something else.
+        """
+        path = _resolve(path)
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a compression report: {type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        """A table of the layers: sizes before the first and after the last event."""
+        if not self.events:
+            return "no reduction has taken place"
+        first, last = self.events[0].layers, self.events[-1].layers
+        width = max(len(layer.name) for layer in first)
+        rows = [f"{'layer':<{width}}  {'before':>6}  {'after':>6}  note"]
+        for old, new in zip(first, last, strict=True):
+            rows.append(f"{old.name:<{width}}  {old.before:>6}  {new.after:>6}  {new.note}".rstrip())
+        return "\n".join(rows)
+
+    def plot(self, path: str | Path | None = None):
+        """Draw the state sizes over the steps and the Hankel singular values of every layer before the first event.
+
+        Args:
+            path: where to save the figure, if anywhere.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: there is no event to draw.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Plots need matplotlib: pip install 'hf-compressm[plot]'.") from error
+        if not self.events:
+            raise ValueError("There is nothing to draw: no reduction has taken place.")
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        sizes, spectra = figure.subplots(1, 2)
+        self._plot_sizes(sizes)
+        self._plot_spectra(spectra)
+        sizes.legend(fontsize="small")
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def _plot_sizes(self, axes) -> None:
+        steps = [0] + [k if event.step is None else event.step for k, event in enumerate(self.events, 1)]
+        for index, layer in enumerate(self.events[0].layers):
+            sizes = [layer.before] + [event.layers[index].after for event in self.events]
+            axes.step(steps, sizes, where="post", marker="o", markersize=3, label=layer.name)
+        axes.set(xlabel="optimizer step", ylabel="states", title="State sizes", ylim=(0, None))
+
+    def _plot_spectra(self, axes) -> None:
+        for index, layer in enumerate(self.events[0].layers):
+            values = layer.hankel_singular_values
+            if not values:
+                continue
+            line = axes.semilogy(range(1, len(values) + 1), values, label=layer.name)[0]
+            kept = self.events[0].layers[index]
+            if kept.after != kept.before:
+                cut = round(len(values) * kept.after / kept.before)
+                axes.plot(cut, values[cut - 1], "o", color=line.get_color())
+        axes.set(xlabel="i", ylabel="σᵢ", title="Hankel singular values before the first event (● cut)")
+
+
+def _resolve(path: str | Path) -> Path:
+    path = Path(path)
+    return path / REPORT_NAME if path.is_dir() or not path.suffix else path

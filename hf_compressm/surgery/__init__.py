@@ -1,0 +1,22 @@
+"""In-place changes of shape under a live training run: parameters, optimizer state, data-parallel replicas."""
+
+from .optimizer import GradientMap, carry_state, check_optimizer, drop_stale_state, reset_state, unwrap_optimizer
+from .parameters import resize_parameter_
+from .preconditions import UnsupportedSetupError, check_model
+from .replicas import broadcast_from_main, check_replicas_equal, find_replicas, rebuild_reducer
+
+__all__ = [
+    "GradientMap",
+    "UnsupportedSetupError",
+    "broadcast_from_main",
+    "carry_state",
+    "check_model",
+    "check_optimizer",
+    "check_replicas_equal",
+    "drop_stale_state",
+    "find_replicas",
+    "rebuild_reducer",
+    "reset_state",
+    "resize_parameter_",
+    "unwrap_optimizer",
+]

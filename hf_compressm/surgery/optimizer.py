@@ -1,0 +1,220 @@
+"""Optimizer state under a change of basis of the state space.
+
+When the parameters of a layer change as ``B' = M⁻ᵀ B`` their gradients change as ``g' = M g``. State that is linear in
+the gradient follows the same map; state that is linear in the squared gradient follows its element-wise square, which
+is exact for the mean and takes the deviations of the entries from it as uncorrelated.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class GradientMap:
+    """Linear map of the gradients of a group of parameters: ``g' = matrix @ g`` along `dim`, the group stacked there.
+
+    Attributes:
+        names: the parameters of the group, all of one shape.
+        dim: the state dimension of these parameters.
+        matrix: real, (len(names) * new states, len(names) * old states).
+    """
+
+    names: tuple[str, ...]
+    dim: int
+    matrix: Tensor
+
+    def apply(self, tensors: list[Tensor], squared: bool = False) -> list[Tensor]:
+        """Map one tensor per parameter; `squared` takes the element-wise square of the matrix."""
+        stacked = torch.cat([t.double() for t in tensors], dim=self.dim)
+        matrix = self.matrix.to(stacked.device)
+        matrix = matrix.square() if squared else matrix
+        mapped = torch.tensordot(matrix, stacked, dims=([1], [self.dim])).movedim(0, self.dim)
+        return list(mapped.chunk(len(self.names), dim=self.dim))
+
+    def fill_silent(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Give directions that had no gradient so far the mean second moment of the others, so that their first steps
+        are not divided by zero."""
+        silent = (self.matrix == 0).all(dim=1).to(tensors[0].device)
+        if not silent.any() or silent.all():
+            return tensors
+        stacked = torch.cat(tensors, dim=self.dim).movedim(self.dim, 0)
+        stacked[silent] = stacked[~silent].mean(dim=0)
+        return list(stacked.movedim(0, self.dim).chunk(len(self.names), dim=self.dim))
+
+
+@dataclass(frozen=True)
+class _StateLayout:
+    """Which entries of an optimizer's per-parameter state depend on the gradient, and how.
+
+    `first` are averages of the gradient, `second` averages of its square (`second[0]` belongs to `first[0]` and both are
+    bias-corrected by `betas` where the optimizer has them), `factored` the row and column means of the squares;
+    `restart` is set to zero because it holds preconditioned updates, which have no linear map.
+    """
+
+    first: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
+    factored: tuple[str, str] | None = None
+    restart: tuple[str, ...] = ()
+
+
+_LAYOUTS = {
+    "torch.Adam": _StateLayout(("exp_avg",), ("exp_avg_sq", "max_exp_avg_sq")),
+    "torch.AdamW": _StateLayout(("exp_avg",), ("exp_avg_sq", "max_exp_avg_sq")),
+    "torch.SGD": _StateLayout(("momentum_buffer",)),
+    "torch.RMSprop": _StateLayout(("grad_avg",), ("square_avg",), restart=("momentum_buffer",)),
+    "torch.Adagrad": _StateLayout((), ("sum",)),
+    "torch.Adafactor": _StateLayout((), ("variance",), ("row_var", "col_var")),
+    "transformers.Adafactor": _StateLayout(
+        (), ("exp_avg_sq",), ("exp_avg_sq_row", "exp_avg_sq_col"), restart=("exp_avg",)
+    ),
+    "torch.Muon": _StateLayout(("momentum_buffer",)),
+}
+
+
+def _qualified_name(optimizer: Optimizer) -> str:
+    """Package and class; the module between them moves from release to release."""
+    return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__qualname__}"
+
+
+def unwrap_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer that holds the state, below wrappers such as `accelerate.AcceleratedOptimizer`."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_optimizer(optimizer: Optimizer | None, moments: str) -> None:
+    """Refuse an optimizer whose state cannot follow a reduction.
+
+    Raises:
+        ValueError: its state has no known map and `moments` is "carry", or it keeps one state for all parameters.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    if optimizer is None:
+        return
+    name = _qualified_name(optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS keeps one flat history for all parameters, which a reduction of the state would invalidate. "
+            "Use one of the first-order optimizers, for example AdamW."
+        )
+    if moments == "carry" and name not in _LAYOUTS:
+        raise ValueError(
+            f"The state of the optimizer {name} cannot be carried through a reduction; expected one of "
+            f"{', '.join(sorted(_LAYOUTS))}. "
+            'Use one of these, or pass moments="reset" to drop the state of the reduced parameters.'
+        )
+
+
+def reset_state(optimizer: Optimizer | None, params: list[nn.Parameter]) -> None:
+    """Drop the state of `params`; the optimizer starts it afresh, bias correction included, at its next step."""
+    optimizer = unwrap_optimizer(optimizer)
+    if optimizer is not None:
+        for param in params:
+            optimizer.state.pop(param, None)
+
+
+def carry_state(optimizer: Optimizer | None, params: Mapping[str, nn.Parameter], maps: list[GradientMap]) -> None:
+    """Carry the state of the mapped parameters through a change of basis, and drop that of the others.
+
+    To be called before the parameters themselves change shape.
+
+    Args:
+        optimizer: one that `check_optimizer` accepts with ``moments="carry"``, wrapped or not; None does nothing.
+        params: every parameter whose shape changes, by name.
+        maps: the gradient maps; a parameter that no map names has its state dropped.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    if optimizer is None:
+        return
+    layout = _LAYOUTS[_qualified_name(optimizer)]
+    betas = {id(p): group.get("betas") for group in optimizer.param_groups for p in group["params"]}
+    carried = set()
+    for gradient_map in maps:
+        group = [params[name] for name in gradient_map.names]
+        states = [optimizer.state.get(p) for p in group]
+        if all(states):
+            carried.update(gradient_map.names)
+            _carry_group(states, [p.shape for p in group], betas[id(group[0])], gradient_map, layout)
+    reset_state(optimizer, [p for name, p in params.items() if name not in carried])
+
+
+def _carry_group(states: list[dict], shapes: list[torch.Size], betas, gradient_map: GradientMap, layout) -> None:
+    """Replace, in place, the gradient-dependent entries of the states of one group of parameters."""
+    first, second = _bias_corrections(states, betas)
+    old_mean, new_mean = None, None
+    for key in layout.first:
+        if all(torch.is_tensor(s.get(key)) for s in states):
+            old_mean = [s[key].double() / c for s, c in zip(states, first, strict=True)]
+            new_mean = gradient_map.apply(old_mean)
+            _store(states, key, [m * c for m, c in zip(new_mean, first, strict=True)])
+    for key in layout.second:
+        if all(torch.is_tensor(s.get(key)) for s in states):
+            old = [s[key].double() / c for s, c in zip(states, second, strict=True)]
+            new = _map_second_moments(gradient_map, old, old_mean, new_mean)
+            _store(states, key, [v * c for v, c in zip(new, second, strict=True)])
+    if layout.factored and all(torch.is_tensor(s.get(layout.factored[0])) for s in states):
+        _carry_factored(states, shapes, gradient_map, layout.factored)
+    for key in layout.restart:
+        if all(torch.is_tensor(s.get(key)) for s in states):
+            _store(states, key, [torch.zeros_like(t) for t in gradient_map.apply([s[key] for s in states])])
+
+
+def _bias_corrections(states: list[dict], betas) -> tuple[list[float], list[float]]:
+    """``1 - beta^step`` per parameter for both moments of Adam; ones for optimizers without betas."""
+    if betas is None:
+        return [1.0] * len(states), [1.0] * len(states)
+    steps = [float(s["step"]) for s in states]
+    return [1 - betas[0] ** t for t in steps], [1 - betas[1] ** t for t in steps]
+
+
+def _map_second_moments(gradient_map: GradientMap, second, old_mean, new_mean) -> list[Tensor]:
+    """``v' = (M∘M) max(v - m², 0) + m'²``, or ``(M∘M) v`` for optimizers that hold no mean."""
+    if old_mean is None:
+        return gradient_map.fill_silent(gradient_map.apply(second, squared=True))
+    variance = [(v - m.square()).clamp_min(0) for v, m in zip(second, old_mean, strict=True)]
+    mapped = gradient_map.apply(variance, squared=True)
+    return gradient_map.fill_silent([v + m.square() for v, m in zip(mapped, new_mean, strict=True)])
+
+
+def _carry_factored(states, shapes, gradient_map: GradientMap, keys: tuple[str, str]) -> None:
+    """Adafactor: expand ``v ≈ row col / mean(row)``, map it, and take row and column means again."""
+    second = []
+    for state, shape in zip(states, shapes, strict=True):
+        row = state[keys[0]].double().reshape(shape[0], 1)
+        col = state[keys[1]].double().reshape(1, shape[1])
+        second.append(row @ col / row.mean().clamp_min(torch.finfo(torch.float64).tiny))
+    mapped = _map_second_moments(gradient_map, second, None, None)
+    keepdim = states[0][keys[0]].dim() == 2
+    _store(states, keys[0], [v.mean(dim=1, keepdim=keepdim) for v in mapped])
+    _store(states, keys[1], [v.mean(dim=0, keepdim=keepdim) for v in mapped])
+
+
+def _store(states: list[dict], key: str, tensors: list[Tensor]) -> None:
+    for state, tensor in zip(states, tensors, strict=True):
+        state[key] = tensor.to(device=state[key].device, dtype=state[key].dtype).contiguous()
+
+
+def drop_stale_state(optimizer: Optimizer | None) -> int:
+    """Drop the state of parameters whose shape it does not fit, as after loading weights of other sizes.
+
+    Returns:
+        How many parameters lost their state.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    if optimizer is None:
+        return 0
+    stale = [param for param, state in optimizer.state.items() if not _fits(param, state)]
+    reset_state(optimizer, stale)
+    return len(stale)
+
+
+def _fits(param: nn.Parameter, state: dict) -> bool:
+    """Whether every tensor of the state has the parameter's shape, or a factor of it (Adafactor)."""
+    shape = param.shape
+    factors = {shape, shape[:-1], (*shape[:-2], *shape[-1:]), (*shape[:-1], 1), (*shape[:-2], 1, *shape[-1:])}
+    return all(not torch.is_tensor(t) or t.dim() == 0 or tuple(t.shape) in factors for t in state.values())

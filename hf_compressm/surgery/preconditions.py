@@ -1,0 +1,55 @@
+"""Set-ups under which shapes cannot change in place, each refused with the way out."""
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+_OFFLINE = "Train without a reduction, then call compress() on the saved model in a single process."
+
+
+class UnsupportedSetupError(ValueError):
+    """The model is wrapped, sharded, quantised or adapted in a way that does not survive a change of shape."""
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models whose parameters cannot change shape in place.
+
+    Args:
+        model: wrapped or not.
+
+    Raises:
+        UnsupportedSetupError: what was found and what to do instead.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedSetupError(
+            "torch.nn.DataParallel copies the model at every step and is not supported. "
+            "Launch one process per device with `torchrun` or `accelerate launch` (DistributedDataParallel)."
+        )
+    if any(type(m).__name__ == "DeepSpeedEngine" for m in model.modules()) or any(
+        hasattr(p, "ds_id") for p in model.parameters()
+    ):
+        raise UnsupportedSetupError(
+            "DeepSpeed keeps its own flat copies of parameters and optimizer state, which a reduction cannot reach. "
+            f"Use DistributedDataParallel. {_OFFLINE}"
+        )
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+        raise UnsupportedSetupError(f"FSDP flattens the parameters of a block. Use DistributedDataParallel. {_OFFLINE}")
+    if any(isinstance(p.data, DTensor) for p in model.parameters()):
+        raise UnsupportedSetupError(
+            f"Sharded parameters (DTensor: FSDP2 or tensor parallel) are not supported. "
+            f"Use DistributedDataParallel. {_OFFLINE}"
+        )
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise UnsupportedSetupError(
+            "Some parameters are on the meta device (offloaded by `device_map`). Load the model with enough memory, "
+            "without offloading, before reducing it."
+        )
+    if any(getattr(m, "is_quantized", False) or getattr(m, "quantization_method", None) for m in model.modules()):
+        raise UnsupportedSetupError(
+            "The model is quantised. Reduce the model in its original precision first, and quantise the result."
+        )
+    if any(getattr(m, "peft_config", None) for m in model.modules()):
+        raise UnsupportedSetupError(
+            "The model carries PEFT adapters, whose checkpoints omit the base model that a reduction changes. "
+            "Call `merge_and_unload()` first, or reduce the base model before adding adapters."
+        )

@@ -1,0 +1,216 @@
+import pytest
+import torch
+
+from hf_compressm.ops import lru_scan, lru_scan_reference
+
+SHAPES = [  # batch, L, N, H, P, chunk_size
+    (2, 70, 5, 3, 4, 32),
+    (1, 1, 1, 1, 1, 32),
+    (3, 32, 4, 2, 2, 32),
+    (2, 33, 1, 1, 3, 8),
+    (1, 17, 6, 4, 1, 1),
+    (4, 50, 3, 1, 2, 64),
+]
+MASKS = ["none", "all real", "left", "right", "middle", "random", "empty row", "nothing"]
+
+
+def make_inputs(batch, length, n, width, p, dtype=torch.float64, radius=None):
+    radius = torch.rand(n, dtype=dtype) ** 0.1 if radius is None else torch.full((n,), radius, dtype=dtype)
+    lam = torch.polar(radius, torch.rand(n, dtype=dtype) * 6.28)
+    shapes = [(n, width), (n, width), (p, n), (p, n), (batch, n, 2)]
+    tensors = [torch.randn(batch, length, width, dtype=dtype), lam.real.clone(), lam.imag.clone()]
+    tensors += [torch.randn(shape, dtype=dtype) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def make_mask(kind, batch, length):
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    offsets = (torch.arange(batch)[:, None] + 1) * length // (batch + 2)
+    steps = torch.arange(length)[None]
+    return {
+        "none": None,
+        "all real": mask,
+        "left": steps >= offsets,
+        "right": steps < length - offsets,
+        "middle": (steps < length // 3) | (steps >= length // 3 + offsets),
+        "random": torch.rand(batch, length) > 0.4,
+        "empty row": mask.index_fill(0, torch.tensor([batch - 1]), False),
+        "nothing": ~mask,
+    }[kind]
+
+
+def outputs_and_gradients(scan, inputs, mask, **options):
+    y, h_last = scan(*inputs, mask=mask, **options)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (y, h_last)]
+    loss = sum((x * weight).sum() for x, weight in zip((y, h_last), weights, strict=True))
+    return [y, h_last, *torch.autograd.grad(loss, inputs)]
+
+
+def assert_same(actual, expected, rtol):
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert a.dtype == e.dtype
+        assert (a - e).abs().max() <= rtol * (1 + e.abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_equals_the_reference(shape, kind):
+    *shape, chunk_size = shape
+    inputs, mask = make_inputs(*shape), make_mask(kind, *shape[:2])
+    expected = outputs_and_gradients(lru_scan_reference, inputs, mask)
+    assert_same(outputs_and_gradients(lru_scan, inputs, mask, chunk_size=chunk_size), expected, 1e-11)
+
+
+@pytest.mark.parametrize("kind", ["none", "random"])
+def test_gradcheck(kind):
+    shape = (2, 7, 3, 2, 2)
+    inputs, mask = make_inputs(*shape), make_mask(kind, *shape[:2])
+    assert torch.autograd.gradcheck(lambda *args: lru_scan(*args, mask=mask, chunk_size=3), inputs)
+
+
+@pytest.mark.parametrize("radius", [1e-30, 1e-3, 1 - 1e-7, 1.0])
+def test_extreme_eigenvalues(radius):
+    inputs = make_inputs(2, 200, 4, 3, 2, radius=radius)
+    expected = outputs_and_gradients(lru_scan_reference, inputs, None)
+    actual = outputs_and_gradients(lru_scan, inputs, None)
+    assert all(x.isfinite().all() for x in actual)
+    assert_same(actual, expected, 1e-10)
+
+
+def test_long_sequence_in_float32_is_close_to_float64():
+    inputs = make_inputs(2, 4096, 8, 2, 2, radius=0.999)
+    exact = outputs_and_gradients(lru_scan_reference, inputs, None)
+    single = [x.detach().float().requires_grad_() for x in inputs]
+    actual = outputs_and_gradients(lru_scan, single, None)
+    assert_same([x.double() for x in actual], exact, 1e-4)
+
+
+def test_no_initial_state_is_a_zero_initial_state():
+    *inputs, h0 = make_inputs(2, 40, 3, 2, 2)
+    for kind in ("none", "left"):
+        mask = make_mask(kind, 2, 40)
+        for actual, expected in zip(
+            lru_scan(*inputs, None, mask), lru_scan(*inputs, torch.zeros_like(h0), mask), strict=True
+        ):
+            assert torch.equal(actual, expected)
+
+
+def test_pieces_joined_by_the_state_equal_the_whole():
+    u, *weights, h0 = make_inputs(2, 75, 4, 3, 3)
+    y, h_last = lru_scan(u, *weights, h0)
+    outputs, state = [], h0
+    for piece in u.split([1, 40, 3, 31], dim=1):
+        out, state = lru_scan(piece, *weights, state)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 1), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, h_last, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("content", [1e30, float("nan"), float("inf")])
+def test_content_of_masked_steps_changes_nothing(content):
+    inputs = make_inputs(3, 40, 4, 2, 2)
+    mask = make_mask("random", 3, 40)
+    clean = outputs_and_gradients(lru_scan, inputs, mask)
+    with torch.no_grad():
+        inputs[0][~mask] = content
+    for actual, expected in zip(outputs_and_gradients(lru_scan, inputs, mask), clean, strict=True):
+        assert torch.equal(actual, expected)
+    assert not clean[2][~mask].any()
+
+
+def test_empty_sequence_returns_the_initial_state():
+    inputs = make_inputs(2, 0, 3, 2, 4)
+    for scan in (lru_scan, lru_scan_reference):
+        y, h_last = scan(*inputs)
+        assert y.shape == (2, 0, 4)
+        assert torch.equal(h_last, inputs[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_state_stays_in_float32_in_lower_precision(dtype):
+    inputs = make_inputs(2, 60, 4, 3, 2, dtype=torch.float32)
+    low = [inputs[0].to(dtype), *inputs[1:]]
+    y, h_last = lru_scan(*low)
+    expected_y, expected_h = lru_scan(low[0].float(), *inputs[1:])
+    assert (y.dtype, h_last.dtype) == (dtype, torch.float32)
+    assert torch.equal(h_last, expected_h)
+    assert torch.equal(y, expected_y.to(dtype))
+
+
+def test_autocast_does_not_reach_the_state():
+    inputs = make_inputs(2, 60, 4, 3, 2, dtype=torch.float32)
+    plain = outputs_and_gradients(lru_scan, inputs, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        automatic = outputs_and_gradients(lru_scan, inputs, None)
+    for actual, expected in zip(automatic, plain, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_strided_inputs():
+    u, *rest = make_inputs(2, 40, 4, 3, 2)
+    strided = u.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    assert_same(
+        outputs_and_gradients(lru_scan, [strided, *rest], None), outputs_and_gradients(lru_scan, [u, *rest], None), 1e-13
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "left"])
+def test_operator_registration(kind):
+    *inputs, h0 = make_inputs(2, 40, 3, 2, 2, dtype=torch.float32)
+    u, lam_re, lam_im, B_re, B_im, C_re, C_im = (x.detach() for x in inputs)
+    lam = torch.stack([lam_re, lam_im], -1).requires_grad_()
+    w_in, w_out = torch.cat([B_re, B_im]).requires_grad_(), torch.cat([C_re, C_im], 1).requires_grad_()
+    for state in (None, h0):
+        arguments = (u.clone().requires_grad_(), lam, w_in, w_out, state, make_mask(kind, 2, 40), 16)
+        torch.library.opcheck(torch.ops.hf_compressm.lru_scan.default, arguments)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiles_without_graph_breaks_and_without_unrolling():
+    inputs, mask = make_inputs(2, 300, 4, 3, 2, dtype=torch.float32), make_mask("left", 2, 300)
+    graphs = []
+
+    def count_nodes(graph, example_inputs):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(lru_scan, backend=count_nodes, fullgraph=True)
+    for actual, expected in zip(compiled(*inputs, mask=mask), lru_scan(*inputs, mask=mask), strict=True):
+        assert torch.equal(actual, expected)
+    assert len(graphs) == 1
+    assert graphs[0] < 60
+
+
+def test_compiled_gradients_equal_eager_ones():
+    inputs, mask = make_inputs(2, 50, 4, 3, 2, dtype=torch.float32), make_mask("left", 2, 50)
+    compiled = torch.compile(lru_scan, backend="aot_eager", fullgraph=True)
+    assert_same(
+        outputs_and_gradients(compiled, inputs, mask), outputs_and_gradients(lru_scan, inputs, mask), 1e-6
+    )
+
+
+def replaced(position, value):
+    inputs = make_inputs(2, 10, 3, 2, 4)
+    inputs[position] = value
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        (replaced(0, torch.zeros(2, 10)), {}, r"expected u \(batch, L, H\)"),
+        (replaced(2, torch.zeros(4)), {}, r"lam_im of shape \(3,\), found \(4,\)"),
+        (replaced(3, torch.zeros(3, 5)), {}, r"B_re of shape \(3, 2\), found \(3, 5\)"),
+        (replaced(6, torch.zeros(4, 5)), {}, r"C_im of shape \(4, 3\), found \(4, 5\)"),
+        (replaced(7, torch.zeros(1, 3, 2)), {}, r"h0 of shape \(2, 3, 2\), found \(1, 3, 2\)"),
+        (replaced(0, torch.zeros(2, 10, 2)), {"mask": torch.ones(2, 9, dtype=torch.bool)}, r"mask of shape \(2, 10\)"),
+        (replaced(0, torch.zeros(2, 10, 2)), {"mask": torch.ones(2, 10)}, "mask of dtype torch.bool"),
+        (replaced(0, torch.zeros(2, 10, 2)), {"chunk_size": 0}, "chunk_size >= 1"),
+    ],
+)
+def test_bad_arguments(inputs, options, message):
+    for scan in (lru_scan, lru_scan_reference):
+        with pytest.raises(ValueError, match=message):
+            scan(*inputs, **options)

@@ -1,0 +1,328 @@
+"""The callback on the stock Trainer."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from tiny import Windows, state_sizes, tiny_lm
+from torch import nn
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_compressm import CompreSSMCallback, CompressionReport, UnsupportedSetupError
+from hf_compressm.report import REPORT_NAME
+
+
+def arguments(path, **options):
+    defaults = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 5,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return TrainingArguments(str(path), **{**defaults, **options})
+
+
+def make_trainer(path, model=None, callbacks=None, optimizers=(None, None), **options):
+    model = tiny_lm(state_size=32) if model is None else model
+    callbacks = [CompreSSMCallback(tolerance=0.1, end=0.4)] if callbacks is None else callbacks
+    data = {"train_dataset": Windows(), "eval_dataset": Windows(count=8)}
+    return Trainer(model=model, args=arguments(path, **options), callbacks=callbacks, optimizers=optimizers, **data)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_state_shrinks_at_the_scheduled_steps_and_everything_is_recorded(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=10)
+    params = {id(p) for p in trainer.model.parameters()}
+    trainer.train()
+    assert {id(p) for p in trainer.model.parameters()} == params
+    assert max(state_sizes(trainer.model)) < 32
+
+    report = CompressionReport.load(tmp_path)
+    assert [event.step for event in report.events] == [2, 4, 6, 8]
+    assert [layer.after for layer in report.events[-1].layers] == state_sizes(trainer.model)
+    assert (tmp_path / "checkpoint-10" / REPORT_NAME).exists()
+    assert len(CompressionReport.load(tmp_path / "checkpoint-10").events) == 4
+
+    entries = [entry for entry in trainer.state.log_history if "compressm/total_state_size" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4, 6, 8]
+    assert entries[-1]["compressm/total_state_size"] == sum(state_sizes(trainer.model))
+    assert entries[0]["compressm/seconds"] > 0
+
+    trainer.save_model(tmp_path / "final")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert state_sizes(reloaded) == state_sizes(trainer.model)
+    ids = Windows()[0]["input_ids"][None]
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(reloaded.eval()(ids).logits, trainer.model(ids).logits)
+
+
+def test_the_callback_without_arguments_reduces_in_the_first_tenth(tmp_path):
+    model = tiny_lm(state_size=64, hidden_size=4)
+    make_trainer(tmp_path, model=model, callbacks=[CompreSSMCallback()], max_steps=40).train()
+    assert [event.step for event in CompressionReport.load(tmp_path).events] == [1, 2, 3, 4]
+    assert max(state_sizes(model)) < 64
+
+
+def test_logging_a_reduction_does_not_swallow_the_trainers_own_log(tmp_path):
+    trainer = make_trainer(tmp_path, logging_steps=4, callbacks=[CompreSSMCallback(end=0.4)])
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [4, 8, 12, 16, 20]
+
+
+@pytest.mark.parametrize("moments", ["carry", "reset"])
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "rmsprop", "adagrad", "muon", "adafactor-torch"]
+)
+def test_training_goes_on_with_every_optimizer(tmp_path, optim, moments):
+    model = tiny_lm(state_size=32)
+    optimizers = (None, None)
+    options = {"optim": optim, "learning_rate": {"sgd": 0.3, "adagrad": 0.02}.get(optim, 3e-3)}
+    if optim == "muon":
+        for p in model.parameters():
+            p.requires_grad = p.dim() == 2
+        muon = torch.optim.Muon([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        options, optimizers = {}, (muon, None)
+    elif optim == "adafactor-torch":
+        options, optimizers = {}, (torch.optim.Adafactor(model.parameters(), lr=0.02), None)
+    callback = CompreSSMCallback(tolerance=0.1, end=0.4, moments=moments)
+    trainer = make_trainer(tmp_path, model=model, callbacks=[callback], optimizers=optimizers, max_steps=30, **options)
+    trainer.train()
+    assert max(state_sizes(model)) < 32
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    state = trainer.optimizer.optimizer.state
+    for layer in model.model.layers:
+        tensors = [t for t in state[layer.mixer.B_re].values() if torch.is_tensor(t) and t.dim()]
+        assert all(t.shape[0] in (layer.mixer.state_size, 16, 1) for t in tensors)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
+    def run(path, resume=None):
+        options = {"save_strategy": "steps", "save_steps": 5}
+        trainer = make_trainer(path, callbacks=[CompreSSMCallback(tolerance=0.05, end=0.8)], **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = run(tmp_path / "straight")
+    for step in (5, 10):
+        resumed = run(tmp_path / f"from-{step}", str(tmp_path / "straight" / f"checkpoint-{step}"))
+        assert state_sizes(resumed.model) == state_sizes(straight.model)
+        for name, value in straight.model.state_dict().items():
+            assert torch.equal(value, resumed.model.state_dict()[name]), name
+        a, b = (t.optimizer.state_dict()["state"] for t in (straight, resumed))
+        assert a.keys() == b.keys()
+        for index in a:
+            assert all(torch.equal(torch.as_tensor(a[index][k]), torch.as_tensor(b[index][k])) for k in a[index])
+        mine, other = (CompressionReport.load(tmp_path / run) for run in ("straight", f"from-{step}"))
+        assert [[layer.after for layer in e.layers] for e in mine.events] == [
+            [layer.after for layer in e.layers] for e in other.events
+        ]
+
+
+def test_a_checkpoint_written_without_the_callback_can_be_resumed_with_it(tmp_path):
+    make_trainer(tmp_path / "plain", callbacks=[], save_strategy="steps", save_steps=5, max_steps=5).train()
+    trainer = make_trainer(tmp_path / "with", save_strategy="steps", save_steps=10)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-5"))
+    assert [event.step for event in CompressionReport.load(tmp_path / "with").events] == [6, 8]
+
+
+class WorseAndWorse(TrainerCallback):
+    """Makes the first evaluation the best, whatever the model."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics["eval_made_up"] = state.global_step
+
+
+def test_the_best_model_is_never_one_from_before_a_reduction(tmp_path):
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "made_up", "greater_is_better": False}
+    callbacks = [WorseAndWorse(), CompreSSMCallback(tolerance=0.1, end=0.6, num_reductions=2)]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **options, **best)
+    original = trainer.evaluate
+
+    def evaluate(*args, **kwargs):
+        metrics = original(*args, **kwargs)
+        metrics["eval_made_up"] = trainer.state.global_step
+        return metrics
+
+    trainer.evaluate = evaluate
+    trainer.train()
+    report = CompressionReport.load(tmp_path)
+    assert report.events[-1].step == 12
+    assert trainer.state.best_global_step == 15  # the first evaluation after the last reduction
+    assert state_sizes(trainer.model) == [layer.after for layer in report.events[-1].layers]
+
+
+def test_early_stopping_starts_afresh_after_a_reduction(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "greater_is_better": False}
+    options |= {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    callbacks = [EarlyStoppingCallback(early_stopping_patience=3), CompreSSMCallback(tolerance=0.3, end=0.4)]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **options)
+    trainer.train()
+    assert trainer.state.best_global_step > 8
+    assert trainer.state.global_step == 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"max_grad_norm": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 3},
+        {"torch_empty_cache_steps": 2, "weight_decay": 0.1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_training_goes_on_under(tmp_path, options):
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train()
+    assert max(state_sizes(trainer.model)) < 32
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_model_init_and_a_second_run_reduce_again_from_the_full_size(tmp_path):
+    trainer = Trainer(
+        model_init=lambda: tiny_lm(state_size=32),
+        args=arguments(tmp_path),
+        train_dataset=Windows(),
+        callbacks=[CompreSSMCallback(tolerance=0.1, end=0.4)],
+    )
+    trainer.train()
+    first = state_sizes(trainer.model)
+    trainer.train()
+    assert state_sizes(trainer.model) == first
+    assert len(CompressionReport.load(tmp_path).events) == 4
+
+
+def test_a_dry_run_reports_and_changes_nothing(tmp_path):
+    results = []
+    for callbacks in ([], [CompreSSMCallback(tolerance=0.1, end=0.4, dry_run=True)]):
+        trainer = make_trainer(tmp_path / str(len(callbacks)), callbacks=callbacks)
+        trainer.train()
+        results.append(trainer.model.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    report = CompressionReport.load(tmp_path / "1")
+    assert len(report.events) == 4
+    assert report.events[0].layers[0].after < report.events[0].layers[0].before == 32
+
+
+def test_a_target_is_reached_geometrically_and_exactly(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[CompreSSMCallback(target_state_size=8, end=0.4)])
+    trainer.train()
+    sizes = [event.layers[0].after for event in CompressionReport.load(tmp_path).events]
+    assert sizes[-1] == 8
+    for size, expected in zip(sizes, [32 * 0.25 ** (k / 4) for k in (1, 2, 3, 4)], strict=True):
+        assert abs(size - expected) <= 1
+
+
+def test_the_trainer_is_found_when_the_callback_is_added_later(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[])
+    trainer.add_callback(CompreSSMCallback(tolerance=0.1, end=0.4))
+    trainer.train()
+    assert sum("compressm/seconds" in entry for entry in trainer.state.log_history) == 4
+
+
+class NotReducible(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(256, 4)
+
+    def forward(self, input_ids, labels=None):
+        return {"loss": self.embedding(input_ids).square().mean()}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: make_trainer(path, model=NotReducible()), "NotReducible has no layer whose state can be reduced"),
+        (
+            lambda path: make_trainer(path, callbacks=[CompreSSMCallback(target_state_size=33)]),
+            "target_state_size=33 is above the present state size 32",
+        ),
+        (lambda path: make_trainer(path, callbacks=[CompreSSMCallback(end=30)]), "window ends at step 30"),
+        (lambda path: make_trainer(path, callbacks=[CompreSSMCallback(start=10)]), "ends before it starts"),
+        (
+            lambda path: (
+                lambda model: make_trainer(path, model, optimizers=(torch.optim.NAdam(model.parameters()), None))
+            )(tiny_lm()),
+            "NAdam cannot be carried",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(tmp_path, make, message):
+    trainer = make(tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "n_gpu", property(lambda self: 2))
+    with pytest.raises(UnsupportedSetupError, match="torchrun"):
+        CompreSSMCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_a_nan_loss_at_the_reduction_leaves_the_layers_alone(tmp_path, caplog):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.model.layers[0].mixer.C_re.fill_(torch.nan)
+
+    logger = logging.getLogger("hf_compressm")
+    logger.addHandler(caplog.handler)
+    try:
+        callbacks = [Poison(), CompreSSMCallback(tolerance=0.1, end=0.4)]
+        trainer = make_trainer(tmp_path, callbacks=callbacks, max_steps=6)
+        trainer.train()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert state_sizes(trainer.model)[0] == 32
+    assert trainer.state.global_step == 6
+    assert "model.layers.0.mixer keeps its 32 states" in caplog.text
+
+
+def test_the_best_checkpoint_may_have_other_sizes_than_the_last_and_training_can_go_on(tmp_path):
+    """load_best_model_at_end with a best checkpoint from before the reduction, put there by hand."""
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+    trainer = make_trainer(tmp_path, callbacks=[CompreSSMCallback(tolerance=0.1, start=6, end=10)], **options)
+
+    class KeepFirst(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 20:
+                state.best_model_checkpoint = str(tmp_path / "checkpoint-5")
+                args.load_best_model_at_end = True
+
+    trainer.add_callback(KeepFirst())
+    trainer.train()
+    assert state_sizes(trainer.model) == [32, 32]
+    assert trainer.model.config.state_size == 32
+    for param, state in trainer.optimizer.optimizer.state.items():
+        assert all(t.shape == param.shape for t in state.values() if torch.is_tensor(t) and t.dim())
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_the_state_of_the_callback_is_json_and_rebuilds_it(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=10)
+    trainer.train()
+    saved = json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())["stateful_callbacks"]
+    again = CompreSSMCallback.from_state(saved["CompreSSMCallback"])
+    assert again.config.tolerance == 0.1
+    assert [event.step for event in again.report.events] == [2, 4, 6, 8]
+    shutil.rmtree(tmp_path / "checkpoint-10")

@@ -1,0 +1,37 @@
+"""Two ranks equal one process, across reductions."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import Windows, free_port, subprocess_env, tiny_lm
+
+SCRIPT = str(Path(__file__).parent / "ddp_script.py")
+
+
+def logits(found):
+    model = tiny_lm(state_size=32)
+    model.load_state_dict(found["weights"])
+    model.eval()
+    with torch.no_grad():
+        return model(Windows()[0]["input_ids"][None]).logits
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_two_ranks_equal_one_process(tmp_path, find_unused):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for path in (one, two):
+        path.mkdir()
+    single = [sys.executable, SCRIPT, str(one), "sgd", "8", str(find_unused)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    double = [*torchrun, SCRIPT, str(two), "sgd", "4", str(find_unused)]
+    for command in (single, double):
+        subprocess.run(command, check=True, env=subprocess_env())
+    reference, first, second = (torch.load(p) for p in (one / "rank-0.pt", two / "rank-0.pt", two / "rank-1.pt"))
+    assert first["config"] == second["config"] == reference["config"]
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+    assert first["weights"]["model.layers.0.mixer.nu_log"].shape[0] < 32
+    torch.testing.assert_close(logits(first), logits(reference), rtol=0, atol=1e-4)
