@@ -38,6 +38,7 @@ DEFAULTS = {
     "save_strategy": "no",
     "logging_steps": 50,
     "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 INPUT_COLUMNS = ("image", "img", "audio")
 
@@ -185,9 +186,11 @@ def main(args: list[str] | None = None) -> None:
         optimizers=(optimizer_class(groups, **options), None),
         callbacks=[timer, CompreSSMCallback(compression)] if model_args.do_compress else [timer],
     )
-    trained = trainer.train()
+    trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     final = trainer.evaluate()
     trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
 
     end = trainer.state.global_step
     events = compression.events(end) if model_args.do_compress else [end]

@@ -22,7 +22,8 @@ from metrics import most_likely_class, next_token_accuracy
 
 DEFAULTS = {
     "output_dir": "outputs/pretrain_clm",
-    "num_train_epochs": 5,
+    "num_hidden_layers": 3,
+    "num_train_epochs": 6,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
     "learning_rate": 4e-3,
@@ -32,6 +33,7 @@ DEFAULTS = {
     "save_strategy": "no",
     "logging_steps": 50,
     "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 
@@ -170,13 +172,13 @@ def main(args: list[str] | None = None) -> None:
     set_seed(training.seed)
     tokenizer = byte_tokenizer()
     try:
-        train, validation = load_sequences(data_args, tokenizer)
         config = model_args.config(
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+        train, validation = load_sequences(data_args, tokenizer)
     except ValueError as error:
         fail(error)
     model = AutoModelForCausalLM.from_config(config)
@@ -199,14 +201,16 @@ def main(args: list[str] | None = None) -> None:
         compute_metrics=next_token_accuracy,
         callbacks=callbacks,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     final = trainer.evaluate()
     trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
 
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     end = trainer.state.global_step
     first, last = (around.before + 1, around.after) if model_args.do_compress else (end, end)
-    rows = [("", "before", "after", "at the end")]
+    rows = [("", "before", "after", "at the end"), ("optimizer step", f"{first - 1}", f"{last}", f"{end}")]
     for layer, (old, new) in enumerate(zip(sizes, state_sizes(model.config), strict=True)):
         rows.append((f"state size, layer {layer}", f"{old}", f"{new}", ""))
     rows += [

@@ -1,19 +1,22 @@
-"""One pass over a model: weights → Gramians → Hankel singular values → ranks → bases → new weights, moments, config."""
+"""One pass over a model: weights → Gramians → Hankel singular values → ranks → bases → weights, moments, config."""
 
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import CompressionConfig
-from .mor import RANK_RULES, RankRule, Spectrum, TargetStateSize, apply_constraints
+from .mor import RANK_RULES, RankRule, RelativeError, Spectrum, TargetStateSize, apply_constraints
+from .observation import Loss, Observation, evaluation_mode, first_batches, model_loss
 from .reducers import Reduction, StateReducer, find_reducible, supported_layers
 from .report import CompressionEvent, CompressionReport, LayerReport
+from .search import largest_reduction
 from .surgery import (
     broadcast_from_main,
     carry_state,
@@ -48,8 +51,9 @@ def compress(
     Args:
         model: any model with reducible layers, wrapped (DistributedDataParallel, `torch.compile`) or not.
         config: the options; or give them by name.
-        dataloader: calibration batches, for architectures whose Gramians depend on the input. The Gramians of the
-            MIMO SSM have a closed form and need none.
+        dataloader: calibration batches (dictionaries of model inputs), of which `calibration_batches` are used: for
+            `max_loss_increase`, and for architectures whose Gramians depend on the input. Those of the MIMO SSM have a
+            closed form.
         optimizer: the one that trains `model`; its moments follow the change of basis.
         **options: fields of `CompressionConfig`, instead of `config`.
 
@@ -62,7 +66,8 @@ def compress(
     """
     config = resolve_config(config, options)
     check_support(model, config, optimizer)
-    event = compress_once(model, config, optimizer)
+    observation, loss = _calibrate(extract_model_from_parallel(model), config, dataloader)
+    event = compress_once(model, config, optimizer, observation, loss)
     return CompressionReport(config.to_dict(), [event])
 
 
@@ -83,8 +88,8 @@ def hankel_singular_values(
         ValueError: nothing is reducible.
         ArithmeticError: a layer is unstable or not finite.
     """
-    reducers = _reducers(extract_model_from_parallel(model), CompressionConfig(method=method))
-    return {name: reducer.spectrum().hsv.cpu() for name, reducer in reducers.items()}
+    observation, _ = _calibrate(extract_model_from_parallel(model), CompressionConfig(method=method), dataloader)
+    return {name: reducer.spectrum().hsv.cpu() for name, reducer in observation.reducers.items()}
 
 
 def resolve_config(config: CompressionConfig | None, options: dict) -> CompressionConfig:
@@ -112,12 +117,19 @@ def check_support(model: nn.Module, config: CompressionConfig, optimizer: Optimi
             f"target_state_size={value} is above the present state size {smallest}. A reduction only removes states: "
             "choose a smaller target or start from a larger model."
         )
+    if config.uniform is False and _uniform(reducers, None):
+        raise ValueError(
+            f"uniform=False needs a state size per layer, which {type(model).__name__} does not have. Leave `uniform` "
+            "out, or train the reducible class of this architecture."
+        )
 
 
 def compress_once(
     model: nn.Module,
     config: CompressionConfig,
     optimizer: Optimizer | None = None,
+    observation: Observation | None = None,
+    loss: Loss | None = None,
     step: int | None = None,
     remaining_events: int = 1,
 ) -> CompressionEvent:
@@ -125,18 +137,25 @@ def compress_once(
 
     Args:
         model, config, optimizer: as for `compress`.
+        observation: what the layers have seen, if any of them needs it; made by `observe`, and used up.
+        loss: the loss to watch, for `max_loss_increase`.
         step: the optimizer step that the report names.
         remaining_events: events left including this one, for rules that spread a reduction over several.
     """
     started = time.perf_counter()
     base = extract_model_from_parallel(model)
-    reducers = _reducers(base, config)
+    observation = observation or observe(base, config)
+    observation.stop()
+    reducers = observation.reducers
     replicas = find_replicas(base)
+    planner = _Planner(reducers, config, remaining_events, loss)
     if replicas:
+        group = replicas[0].process_group
+        observation.reduce_over_ranks(lambda total: dist.all_reduce(total, group=group))
         # rounding differs between machines: one rank decides for all
-        plans = broadcast_from_main(lambda: _plan(reducers, config, remaining_events), replicas[0].process_group)
+        plans = broadcast_from_main(lambda: _on_cpu(planner.plans()), group)
     else:
-        plans = _plan(reducers, config, remaining_events)
+        plans = planner.plans()
     changes = {name: plan.reduction for name, plan in plans.items() if plan.reduction is not None}
     if changes and not config.dry_run:
         _apply(reducers, changes, config, optimizer)
@@ -152,12 +171,55 @@ def compress_once(
     return event
 
 
+def observe(model: nn.Module, config: CompressionConfig, training_only: bool = True) -> Observation:
+    """Begin to watch the layers of a model for one event; `start` attaches the hooks.
+
+    Args:
+        model: as for `compress`.
+        config: the options of the event.
+        training_only: see only forward passes in training mode.
+
+    Raises:
+        ValueError: nothing is reducible, or not by `config.method`.
+    """
+    return Observation(_reducers(extract_model_from_parallel(model), config), training_only)
+
+
+def _calibrate(model: nn.Module, config: CompressionConfig, dataloader: Iterable | None):
+    """Observation and loss from a data loader, as far as the model and the rule need them."""
+    observation = observe(model, config, training_only=False)
+    by_loss = config.rule[0] == "max_loss_increase"
+    if not (observation.needed or by_loss):
+        return observation, None
+    if dataloader is None:
+        why = "max_loss_increase measures the loss" if by_loss else "the Gramians of this model depend on its input"
+        raise ValueError(f"Expected calibration batches, because {why}: pass `dataloader`.")
+    device = next(model.parameters()).device
+    batches = first_batches(dataloader, config.calibration_batches, device)
+    observation.start()
+    try:
+        if observation.needed:
+            with evaluation_mode(model), torch.no_grad():
+                for batch in batches:
+                    model(**batch)
+    finally:
+        observation.stop()
+    return observation, model_loss(model, batches) if by_loss else None
+
+
 @dataclass
 class _Plan:
     """What is to become of one layer."""
 
     report: LayerReport
     reduction: Reduction | None = None
+
+    def accept(self, reduction: Reduction) -> None:
+        """Plan a reduction."""
+        self.reduction = reduction
+        self.report.after = reduction.state_size
+        for name in ("method", "energy_discarded", "error_bound", "relative_error"):
+            setattr(self.report, name, getattr(reduction, name))
 
 
 def _reducers(model: nn.Module, config: CompressionConfig) -> dict[str, StateReducer]:
@@ -170,54 +232,126 @@ def _reducers(model: nn.Module, config: CompressionConfig) -> dict[str, StateRed
     return {name: cls(module, config.method, config.seed) for name, (module, cls) in found.items()}
 
 
-def _plan(reducers: dict[str, StateReducer], config: CompressionConfig, remaining_events: int) -> dict[str, _Plan]:
-    """Decide on every layer, without changing anything."""
-    plans = {n: _Plan(LayerReport(n, r.state_size, r.state_size)) for n, r in reducers.items()}
-    spectra: dict[str, Spectrum] = {}
-    for name, reducer in reducers.items():
-        try:
-            spectra[name] = reducer.spectrum()
-            plans[name].report.hankel_singular_values = [float(f"{s:.5e}") for s in spectra[name].hsv.tolist()]
-        except _LAYER_FAILURES as error:
-            plans[name].report.note = f"{type(error).__name__}: {error}"
-    for name, size in _sizes(spectra, config, remaining_events).items():
-        if size >= reducers[name].state_size:
-            continue
-        try:
-            plan = plans[name]
-            plan.reduction = reducers[name].reduce(size)
-            plan.report.after = plan.reduction.state_size
-            plan.report.method = plan.reduction.method
-            plan.report.energy_discarded = plan.reduction.energy_discarded
-            plan.report.error_bound = plan.reduction.error_bound
-            plan.report.relative_error = plan.reduction.relative_error
-        except _LAYER_FAILURES as error:
-            plan.report.note = f"{type(error).__name__}: {error}"
+class _Planner:
+    """Decides on every layer; the model is as before afterwards."""
+
+    def __init__(
+        self,
+        reducers: Mapping[str, StateReducer],
+        config: CompressionConfig,
+        remaining_events: int,
+        loss: Loss | None,
+    ):
+        self.reducers, self.config, self.remaining_events, self.loss = reducers, config, remaining_events, loss
+        self.spectra: dict[str, Spectrum] = {}
+        self._reductions: dict[tuple[str, int], Reduction | Exception] = {}
+
+    def plans(self) -> dict[str, _Plan]:
+        """What is to become of each layer."""
+        plans = {n: _Plan(LayerReport(n, r.state_size, r.state_size)) for n, r in self.reducers.items()}
+        for name, reducer in self.reducers.items():
+            try:
+                self.spectra[name] = reducer.spectrum()
+            except _LAYER_FAILURES as error:
+                plans[name].report.note = f"{type(error).__name__}: {error}"
+            else:
+                values = self.spectra[name].hsv.tolist()
+                plans[name].report.hankel_singular_values = [float(f"{value:.5e}") for value in values]
+        for name, size in self._sizes().items():
+            outcome = self._reduction(name, size)
+            if isinstance(outcome, Exception):
+                plans[name].report.note = f"{type(outcome).__name__}: {outcome}"
+            elif outcome is not None:
+                plans[name].accept(outcome)
+        if _uniform(self.reducers, None):
+            _keep_all_unless_equal(plans)
+        return plans
+
+    def _sizes(self) -> dict[str, int]:
+        if not self.spectra:
+            return {}
+        name, value = self.config.rule
+        if name == "max_loss_increase":
+            sizes, _ = largest_reduction(lambda e: self._constrained(RelativeError(e)), self._loss_increase(), value)
+            return sizes
+        if name == "target_state_size":
+            return self._constrained(TargetStateSize(value, self.remaining_events, budget=self.config.budget))
+        return self._constrained(RANK_RULES[name](value, budget=self.config.budget))
+
+    def _constrained(self, rule: RankRule) -> dict[str, int]:
+        layers = list(self.spectra.values())
+        # the target is reached at the last event, however near it is
+        exact = isinstance(rule, TargetStateSize) and self.remaining_events == 1
+        sizes = apply_constraints(
+            rule(layers),
+            layers,
+            min_state_size=self.config.min_state_size,
+            multiple_of=self.config.multiple_of,
+            min_reduction=0.0 if exact else self.config.min_reduction,
+            uniform=_uniform(self.reducers, self.config.uniform),
+        )
+        return dict(zip(self.spectra, sizes, strict=True))
+
+    def _reduction(self, name: str, size: int) -> Reduction | Exception | None:
+        """The layer at a size, computed once; None if that is its present size, the error if it cannot be."""
+        reducer = self.reducers[name]
+        if size >= reducer.state_size:
+            return None
+        if (name, size) not in self._reductions:
+            try:
+                self._reductions[name, size] = reducer.reduce(size)
+            except _LAYER_FAILURES as error:
+                self._reductions[name, size] = error
+        return self._reductions[name, size]
+
+    def _loss_increase(self) -> Callable[[dict[str, int]], float]:
+        """A function that puts reductions in place, measures the loss, and puts the old weights back."""
+        before = self.loss()
+
+        def increase(sizes: dict[str, int]) -> float:
+            found = {name: self._reduction(name, size) for name, size in sizes.items()}
+            trial = {name: r for name, r in found.items() if isinstance(r, Reduction)}
+            old = {name: self._present(name, reduction) for name, reduction in trial.items()}
+            try:
+                for name, reduction in trial.items():
+                    self.reducers[name].apply(reduction)
+                return self.loss() - before
+            finally:
+                for name, reduction in old.items():
+                    self.reducers[name].apply(reduction)
+
+        return increase
+
+    def _present(self, name: str, reduction: Reduction) -> Reduction:
+        """The layer as it is, in the form that puts it back."""
+        reducer = self.reducers[name]
+        parameters = {key: reducer.module.get_parameter(key).detach().clone() for key in reduction.parameters}
+        return replace(reduction, state_size=reducer.state_size, parameters=parameters)
+
+
+def _uniform(reducers: Mapping[str, StateReducer], wanted: bool | None) -> bool:
+    """Whether all layers take one size: as wanted, and where a stock class has only one size for all."""
+    return bool(wanted) or any(reducer.uniform for reducer in reducers.values())
+
+
+def _keep_all_unless_equal(plans: dict[str, _Plan]) -> None:
+    """Drop a plan that would give a class with one size for all layers different ones."""
+    if len({plan.report.after for plan in plans.values()}) > 1:
+        for plan in plans.values():
+            why = plan.report.note or "another layer cannot follow, and this class has one state size for all layers"
+            plan.report = replace(plan.report, after=plan.report.before, method="", energy_discarded=0.0, note=why)
+            plan.reduction = None
+
+
+def _on_cpu(plans: dict[str, _Plan]) -> dict[str, _Plan]:
+    """The plans in a form that another process can unpack, whatever devices it has."""
+    for plan in plans.values():
+        if plan.reduction is not None:
+            reduction = plan.reduction
+            parameters = {name: value.cpu() for name, value in reduction.parameters.items()}
+            maps = [replace(m, matrix=m.matrix.cpu()) for m in reduction.gradient_maps]
+            plan.reduction = replace(reduction, parameters=parameters, gradient_maps=maps)
     return plans
-
-
-def _rank_rule(config: CompressionConfig, remaining_events: int) -> RankRule:
-    name, value = config.rule
-    if name == "target_state_size":
-        return TargetStateSize(value, remaining_events, budget=config.budget)
-    return RANK_RULES[name](value, budget=config.budget)
-
-
-def _sizes(spectra: dict[str, Spectrum], config: CompressionConfig, remaining_events: int) -> dict[str, int]:
-    if not spectra:
-        return {}
-    rule = _rank_rule(config, remaining_events)
-    layers = list(spectra.values())
-    exact = isinstance(rule, TargetStateSize) and remaining_events == 1  # the target is reached, however near it is
-    sizes = apply_constraints(
-        rule(layers),
-        layers,
-        min_state_size=config.min_state_size,
-        multiple_of=config.multiple_of,
-        min_reduction=0.0 if exact else config.min_reduction,
-        uniform=bool(config.uniform),
-    )
-    return dict(zip(spectra, sizes, strict=True))
 
 
 def _apply(

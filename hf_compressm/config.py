@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields
 
-_RULES = ("tolerance", "target_state_size", "reduction_fraction")
+_RULES = ("tolerance", "max_loss_increase", "target_state_size", "reduction_fraction")
 _DEFAULT_TOLERANCE = 0.05
 
 
@@ -10,7 +10,8 @@ _DEFAULT_TOLERANCE = 0.05
 class CompressionConfig:
     """Which states to remove, when, and how. `HfArgumentParser` reads it as it is.
 
-    At most one of `tolerance`, `target_state_size` and `reduction_fraction` is given; with none, ``tolerance=0.05``.
+    At most one of `tolerance`, `max_loss_increase`, `target_state_size` and `reduction_fraction` is given; with none,
+    ``tolerance=0.05``.
 
     Raises:
         ValueError: an option outside its range, or two rank rules at once.
@@ -19,6 +20,13 @@ class CompressionConfig:
     tolerance: float | None = field(
         default=None,
         metadata={"help": "Fraction of the sum of the Hankel singular values that one event may discard, in (0, 1)."},
+    )
+    max_loss_increase: float | None = field(
+        default=None,
+        metadata={
+            "help": "The largest reduction whose measured increase of the loss on calibration batches stays "
+            "below this, per event, in the unit of the loss (nats)."
+        },
     )
     target_state_size: int | None = field(
         default=None,
@@ -57,9 +65,16 @@ class CompressionConfig:
     method: str = field(
         default="auto",
         metadata={
-            "help": "How to reduce: 'balanced' truncation of the layer's real map, 'complex' as in the paper (MIMO SSM "
-            "only), or 'auto', the best for the architecture.",
+            "help": "How to reduce: 'balanced' truncation of the layer's real map, 'complex' as in the paper (only "
+            "the MIMO SSM), or 'auto', the best for the architecture.",
             "choices": ["auto", "balanced", "complex"],
+        },
+    )
+    calibration_batches: int = field(
+        default=4,
+        metadata={
+            "help": "Micro-batches per process to observe before an event, for layers whose Gramians depend on the "
+            "input and for `max_loss_increase`."
         },
     )
     moments: str = field(
@@ -75,12 +90,17 @@ class CompressionConfig:
     def __post_init__(self):
         given = [name for name in _RULES if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"Expected at most one rank rule out of {', '.join(_RULES)}; found {' and '.join(given)}.")
+            raise ValueError(
+                f"Expected at most one rank rule out of {', '.join(_RULES)}; found {' and '.join(given)}."
+            )
         for name in ("tolerance", "reduction_fraction"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"`{name}` is a fraction in the open interval (0, 1); found {value}.")
-        for name in ("target_state_size", "num_reductions", "min_state_size", "multiple_of"):
+        if self.max_loss_increase is not None and not 0 < self.max_loss_increase < float("inf"):
+            raise ValueError(f"`max_loss_increase` is a positive number of nats; found {self.max_loss_increase}.")
+        whole = ("target_state_size", "num_reductions", "min_state_size", "multiple_of", "calibration_batches")
+        for name in whole:
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"`{name}` is a whole number of at least 1; found {value}.")
@@ -131,9 +151,7 @@ class CompressionConfig:
         """A step as int, a fraction of the run as float."""
         value = getattr(self, name)
         if value < 0 or (value > 1 and value != int(value)):
-            raise ValueError(
-                f"`{name}` is a step (a whole number) or a fraction of the run in [0, 1]; found {value}."
-            )
+            raise ValueError(f"`{name}` is a step (a whole number) or a fraction of the run in [0, 1]; found {value}.")
         return int(value) if isinstance(value, int) or value > 1 else float(value)
 
     def _check_window(self, start: float, end: float) -> None:

@@ -26,7 +26,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def repo_env(tmp_path_factory) -> dict[str, str]:
-    """The environment of a subprocess: this checkout and the helpers of the tests to import, and a cache of its own."""
+    """The environment of a subprocess: this checkout and the tests' helpers to import, and a cache of its own."""
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),

@@ -19,7 +19,9 @@ def report():
         layer("layers.0.mixer", 10, 6, method="complex", energy_discarded=0.04, error_bound=0.5, relative_error=0.02),
         layer("layers.1.mixer", 16, 16),
     ]
-    return CompressionReport({"tolerance": 0.05}, [CompressionEvent(first, 0.5, 25), CompressionEvent(second, 0.4, 50)])
+    return CompressionReport(
+        {"tolerance": 0.05}, [CompressionEvent(first, 0.5, 25), CompressionEvent(second, 0.4, 50)]
+    )
 
 
 def test_the_file_reads_back_as_the_same_report(report, tmp_path):

@@ -1,7 +1,5 @@
 """Small models and real text for the tests."""
 
-import os
-import socket
 from pathlib import Path
 
 import torch
@@ -55,15 +53,3 @@ def train(model, optimizer, steps: int = 5, **batch_options):
 
 def state_sizes(model) -> list[int]:
     return [layer.mixer.state_size for layer in model.model.layers]
-
-
-def subprocess_env(**more: str) -> dict[str, str]:
-    """The environment for a script that imports from this folder."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .systems import IllConditioned, StateSpace
 
+RANK_TOLERANCE = 1e-11
+"""Directions of smaller relative Hankel singular value are not kept: `W^H V = I` holds to rounding over that value."""
+
 
 @dataclass(frozen=True)
 class Balancing:
@@ -32,7 +35,7 @@ class Balancing:
 
     @property
     def rank(self) -> int:
-        """Numerical rank: how many directions both take up input and reach the output, beyond rounding."""
+        """Numerical rank: how many Hankel singular values are above `RANK_TOLERANCE` times the largest."""
         return self.left.shape[1]
 
     def projection(self, r: int) -> tuple[Tensor, Tensor]:
@@ -65,9 +68,9 @@ def balance(P: Tensor, Q: Tensor) -> Balancing:
     except torch.linalg.LinAlgError as error:
         raise IllConditioned(f"A decomposition of the Gramians did not converge: {error}") from error
     n = P.shape[-1]
-    rank = int((hsv > n * torch.finfo(hsv.dtype).eps * hsv.max()).sum()) if hsv.numel() else 0
     padded = hsv.new_zeros(n)
-    padded[:rank] = hsv[:rank]
+    padded[: len(hsv)] = torch.where(hsv > n * torch.finfo(hsv.dtype).eps * hsv[:1], hsv, 0)
+    rank = int((padded > RANK_TOLERANCE * padded[0]).sum())
     return Balancing(padded, Lq @ U[:, :rank], Lp @ Vh.mH[:, :rank])
 
 

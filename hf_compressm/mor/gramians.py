@@ -54,7 +54,7 @@ def real_gramians(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
     P = _blocks((S + T).real, (T - S).imag, (S + T).imag, (S - T).real) / 2
     Q = _blocks((K + R).real, -(K + R).imag, (K - R).imag, (K - R).real) / 2
     _require_finite(P, Q)
-    return _drop_idle(P, S), _drop_idle(Q, K)
+    return P, Q
 
 
 def gramians(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
@@ -128,17 +128,6 @@ def _phases(lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _blocks(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     matrix = torch.cat([torch.cat([a, b], -1), torch.cat([c, d], -1)], -2)
     return (matrix + matrix.mT) / 2
-
-
-def _drop_idle(gramian: Tensor, complex_gramian: Tensor) -> Tensor:
-    """Zero the rows and columns of real or imaginary parts that never move.
-
-    A real mode's imaginary part has a Gramian entry that is the difference of two equal numbers. What rounding leaves
-    of it would pass for a state and, by its square root, for a Hankel singular value of 1e-8.
-    """
-    scale = complex_gramian.diagonal(dim1=-2, dim2=-1).real
-    moves = gramian.diagonal(dim1=-2, dim2=-1) > 8 * torch.finfo(torch.float64).eps * torch.cat([scale, scale], -1)
-    return gramian * moves[..., :, None] * moves[..., None, :]
 
 
 def _require_stable(system: DiagonalSystem) -> None:

@@ -144,6 +144,24 @@ class TargetStateSize(RankRule):
         return max(target, round(size * (target / size) ** (1 / self.remaining_events)))
 
 
+class RelativeError(RankRule):
+    """The smallest order ``r`` with ``sum_{i>r} hsv_i^2 <= error sum_i hsv_i^2`` in each layer.
+
+    One number for all layers, along which a search for the largest tolerable reduction goes.
+    """
+
+    def __init__(self, error: float):
+        self.error = error
+
+    def __call__(self, spectra: list[Spectrum]) -> list[int]:
+        return [self._size(spectrum) if spectrum.readable else spectrum.state_size for spectrum in spectra]
+
+    def _size(self, spectrum: Spectrum) -> int:
+        squares = spectrum.relative.square()
+        discarded = squares.flip(0).cumsum(0)  # by 1, 2, ... of the smallest values
+        return spectrum.size_for(len(squares) - int((discarded <= self.error * squares.sum()).sum()))
+
+
 RANK_RULES: dict[str, type[RankRule]] = {
     "tolerance": EnergyTolerance,
     "reduction_fraction": ReductionFraction,

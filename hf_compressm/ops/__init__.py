@@ -1,6 +1,14 @@
 """Scans: a plain reference beside each fast form."""
 
 from .lru import lru_scan, lru_scan_reference
+from .selective_scan import selective_scan, selective_scan_reference
+from .ssd import ssd_scan, ssd_scan_reference
 
-
-__all__ = ["lru_scan", "lru_scan_reference"]
+__all__ = [
+    "lru_scan",
+    "lru_scan_reference",
+    "selective_scan",
+    "selective_scan_reference",
+    "ssd_scan",
+    "ssd_scan_reference",
+]

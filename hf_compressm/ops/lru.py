@@ -2,8 +2,8 @@ r"""The linear recurrence of a MIMO state space model with a complex diagonal st
 
 $$h_t = \mathrm{diag}(\lambda)\, h_{t-1} + B u_t, \qquad y_t = \mathrm{Re}(C h_t)$$
 
-(Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349, equations 1 and 2,
-without the feedthrough). `lru_scan_reference` is the ground truth; `lru_scan` is the fast form with the same meaning.
+(Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349, equation 1, without
+the feedthrough). `lru_scan_reference` is the ground truth; `lru_scan` is the fast form with the same meaning.
 
 Shapes: `u (batch, L, H)`, `lam (N,)`, `B (N, H)`, `C (P, N)`, `y (batch, L, P)`, states `(batch, N, 2)` with the real
 and the imaginary part in the last dimension.
@@ -11,6 +11,7 @@ and the imaginary part in the last dimension.
 
 import torch
 
+from ._common import check_arguments, state_dtype
 
 CHUNK_SIZE = 32
 
@@ -27,10 +28,12 @@ def lru_scan_reference(
     mask: torch.Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence as a plain loop that autograd differentiates. See `lru_scan`; `chunk_size` has no meaning here."""
+    """The same as `lru_scan`, as a plain loop that autograd differentiates; `chunk_size` has no meaning here."""
     _check_shapes(u, lam_re, lam_im, B_re, B_im, C_re, C_im, h0, mask, chunk_size)
-    dtype = _state_dtype(u)
-    lam, B, C = (torch.complex(re.to(dtype), im.to(dtype)) for re, im in ((lam_re, lam_im), (B_re, B_im), (C_re, C_im)))
+    dtype = state_dtype(u)
+    lam, B, C = (
+        torch.complex(re.to(dtype), im.to(dtype)) for re, im in ((lam_re, lam_im), (B_re, B_im), (C_re, C_im))
+    )
     driven = u if mask is None else u.masked_fill(~mask[..., None], 0)
     driven = driven.to(B.dtype) @ B.T
     h = driven.new_zeros(u.shape[0], lam.shape[0]) if h0 is None else torch.view_as_complex(h0.to(dtype).contiguous())
@@ -57,8 +60,8 @@ def lru_scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`h_t = lam h_{t-1} + B u_t`, `y_t = Re(C h_t)`, with memory for the states of one chunk only.
 
-    The backward pass recomputes the states chunk by chunk from the state at the start of each chunk. Input, parameters,
-    initial and final state are all differentiable, once.
+    The backward pass recomputes the states chunk by chunk from the state at the start of each chunk. It gives first
+    derivatives, for the input, the parameters and `h0`, from those of `y` and `h_T`.
 
     Args:
         u: (batch, L, H), the input, of any floating dtype.
@@ -78,7 +81,7 @@ def lru_scan(
         ValueError: shapes that do not fit each other, a mask that is not boolean, a chunk size below 1.
     """
     _check_shapes(u, lam_re, lam_im, B_re, B_im, C_re, C_im, h0, mask, chunk_size)
-    dtype = _state_dtype(u)
+    dtype = state_dtype(u)
     lam = torch.stack([lam_re.to(dtype), lam_im.to(dtype)], -1)
     # Real views of complex buffers hold the real and imaginary parts side by side, so the weights are interleaved.
     w_in = torch.stack([B_re.to(dtype), B_im.to(dtype)], 1).flatten(0, 1)
@@ -86,10 +89,6 @@ def lru_scan(
     h0 = None if h0 is None else h0.to(dtype)
     y, h_last, _ = _scan(u, lam, w_in, w_out, h0, mask, chunk_size)
     return y, h_last
-
-
-def _state_dtype(u: torch.Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
 def _check_shapes(u, lam_re, lam_im, B_re, B_im, C_re, C_im, h0, mask, chunk_size) -> None:
@@ -109,13 +108,7 @@ def _check_shapes(u, lam_re, lam_im, B_re, B_im, C_re, C_im, h0, mask, chunk_siz
         "h0": (h0, (batch, n, 2)),
         "mask": (mask, (batch, length)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"expected {name} of shape {shape}, found {tuple(tensor.shape)}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"expected a mask of dtype torch.bool, found {mask.dtype}; convert it with mask.bool()")
-    if chunk_size < 1:
-        raise ValueError(f"expected chunk_size >= 1, found {chunk_size}")
+    check_arguments(expected, mask, chunk_size)
 
 
 def _rows(x: torch.Tensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:

@@ -48,6 +48,10 @@ class StateReducer(ABC):
     """
 
     methods: tuple[str, ...] = ("balanced",)
+    needs_observation: bool = False
+    """Whether the Gramians depend on the input, so that `observe` must be called before `spectrum`."""
+    uniform: bool = False
+    """Whether the model class has one state size for all layers."""
 
     def __init__(self, module: nn.Module, method: str = "auto", seed: int = 0):
         if method not in ("auto", *self.methods):
@@ -62,6 +66,22 @@ class StateReducer(ABC):
     @abstractmethod
     def state_size(self) -> int:
         """Present number of states."""
+
+    def observe(self, args: tuple, kwargs: dict) -> None:
+        """Take note of one forward pass of the layer, given its inputs; only called if `needs_observation`."""
+        raise NotImplementedError(f"{type(self).__name__} observes nothing.")
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Everything observed so far, for a checkpoint."""
+        return {}
+
+    def load_statistics(self, statistics: dict[str, Tensor]) -> None:
+        """Go on from what `statistics` returned."""
+        raise NotImplementedError(f"{type(self).__name__} observes nothing.")
+
+    def reduce_over_ranks(self, all_reduce: Callable[[Tensor], None]) -> None:
+        """Sum what was observed over data-parallel ranks, each sum by one call of `all_reduce`, in place."""
+        raise NotImplementedError(f"{type(self).__name__} observes nothing.")
 
     @abstractmethod
     def spectrum(self) -> Spectrum:

@@ -50,9 +50,9 @@ class GradientMap:
 class _StateLayout:
     """Which entries of an optimizer's per-parameter state depend on the gradient, and how.
 
-    `first` are averages of the gradient, `second` averages of its square (`second[0]` belongs to `first[0]` and both are
-    bias-corrected by `betas` where the optimizer has them), `factored` the row and column means of the squares;
-    `restart` is set to zero because it holds preconditioned updates, which have no linear map.
+    `first` are averages of the gradient and `second` averages of its square, both bias-corrected by `betas` where the
+    optimizer has them; `factored` are the row and column means of the squares; `restart` is set to zero because it
+    holds preconditioned updates, which have no linear map.
     """
 
     first: tuple[str, ...] = ()

@@ -33,7 +33,9 @@ def check_model(model: nn.Module) -> None:
             f"Use DistributedDataParallel. {_OFFLINE}"
         )
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
-        raise UnsupportedSetupError(f"FSDP flattens the parameters of a block. Use DistributedDataParallel. {_OFFLINE}")
+        raise UnsupportedSetupError(
+            f"FSDP flattens the parameters of a block. Use DistributedDataParallel. {_OFFLINE}"
+        )
     if any(isinstance(p.data, DTensor) for p in model.parameters()):
         raise UnsupportedSetupError(
             f"Sharded parameters (DTensor: FSDP2 or tensor parallel) are not supported. "

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import weakref
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..compression import check_support, compress_once, resolve_config
+from ..compression import check_support, compress_once, observe, resolve_config
 from ..config import CompressionConfig
 from ..report import CompressionEvent, CompressionReport
 from ..surgery import UnsupportedSetupError, drop_stale_state, find_replicas, rebuild_reducer
+from .calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     The reductions take place after the optimizer steps that `CompressionConfig.events` names, by default four in the
     first tenth of the run. The schedule is a function of the global step alone: a resumed run goes on where it was.
+    Layers whose Gramians depend on the input are observed in the forward passes of the last training steps before an
+    event, `calibration_batches` micro-batches per process; `max_loss_increase` measures the loss on the same batches.
+
     At each reduction the record of the best checkpoint is cleared, so that `load_best_model_at_end` never brings back
     a model from before the last reduction.
 
@@ -46,11 +51,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.config = resolve_config(config, options)
         self.report = CompressionReport(self.config.to_dict())
         self._events: list[int] = []
+        self._calibration: Calibration | None = None
+        self._output_dir = self._resumed_dir = ""
         self._trainer: weakref.ref[Trainer] | None = None
 
     def state(self) -> dict:
         """What a checkpoint holds of this callback."""
-        return {"args": self.config.to_dict(), "attributes": {"report": self.report.to_dict()}}
+        attributes = {"report": self.report.to_dict(), "output_dir": self._output_dir}
+        return {"args": self.config.to_dict(), "attributes": attributes}
 
     @classmethod
     def from_state(cls, state: dict) -> "CompreSSMCallback":
@@ -63,7 +71,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._find_trainer(state)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
     ):
         if self._trainer is None:
             self._find_trainer(state)
@@ -71,17 +85,35 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         check_support(model, self.config, optimizer)
         self._events = self.config.events(state.max_steps)
         self._restore(state)
+        self._calibration = self._begin_calibration(model)
+        if self._in_window(args, state.global_step):
+            self._calibration.start()
+            self._calibration.resume(args, state, [args.output_dir, self._resumed_dir])
+        self._output_dir = str(Path(args.output_dir).resolve())
         if state.is_world_process_zero:
             steps = ", ".join(map(str, self._events))
             logger.info("reductions (%s=%s) after step %s of %d", *self.config.rule, steps, state.max_steps)
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._in_window(args, state.global_step):
+            self._calibration.start()
+
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
     ):
         if state.global_step not in self._events:
             return
         remaining = sum(event >= state.global_step for event in self._events)
-        event = compress_once(model, self.config, optimizer, state.global_step, remaining)
+        self._calibration.stop()
+        observation, loss = self._calibration.observation, self._calibration.loss(model)
+        event = compress_once(model, self.config, optimizer, observation, loss, state.global_step, remaining)
+        self._calibration = self._begin_calibration(model)
         self.report.events.append(event)
         if event.changed and not event.dry_run:
             # models from before and after a reduction are not to be compared
@@ -92,10 +124,20 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
             self.report.save(checkpoint)
+        if self._calibration is not None and checkpoint.is_dir():
+            self._calibration.save(args, checkpoint)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
     ):
+        if self._calibration is not None:
+            self._calibration.stop()
         # load_best_model_at_end may just have brought back other sizes
         if drop_stale_state(optimizer):
             for replica in find_replicas(model):
@@ -104,12 +146,28 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             self.report.save(Path(args.output_dir))
 
+    def _in_window(self, args: TrainingArguments, steps_done: int) -> bool:
+        """Whether the next step is one of the last before an event, whose micro-batches calibrate it."""
+        steps = math.ceil(self.config.calibration_batches / args.gradient_accumulation_steps)
+        return any(event - steps <= steps_done < event for event in self._events)
+
+    def _begin_calibration(self, model) -> Calibration:
+        trainer = self._trainer() if self._trainer is not None else None
+        by_loss = self.config.rule[0] == "max_loss_increase"
+        if by_loss and trainer is None:
+            raise ValueError(
+                "max_loss_increase measures the loss as the Trainer computes it, and no Trainer was found whose state "
+                "this callback was given. Choose another rank rule."
+            )
+        return Calibration(observe(model, self.config), trainer if by_loss else None, self.config.calibration_batches)
+
     def _restore(self, state: TrainerState) -> None:
         """Take over the report of the checkpoint that the run resumes from; a new run starts a new one."""
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name)
         if state.global_step > 0 and isinstance(saved, dict):
             self.report = CompressionReport.from_dict(saved["attributes"]["report"])
+            self._resumed_dir = saved["attributes"]["output_dir"]
         else:
             self.report = CompressionReport(self.config.to_dict())
         # the Trainer expects an entry when it saves, also if the checkpoint was written without this callback

@@ -152,7 +152,9 @@ def test_strided_inputs():
     u, *rest = make_inputs(2, 40, 4, 3, 2)
     strided = u.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     assert_same(
-        outputs_and_gradients(lru_scan, [strided, *rest], None), outputs_and_gradients(lru_scan, [u, *rest], None), 1e-13
+        outputs_and_gradients(lru_scan, [strided, *rest], None),
+        outputs_and_gradients(lru_scan, [u, *rest], None),
+        1e-13,
     )
 
 
@@ -167,7 +169,6 @@ def test_operator_registration(kind):
         torch.library.opcheck(torch.ops.hf_compressm.lru_scan.default, arguments)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_without_graph_breaks_and_without_unrolling():
     inputs, mask = make_inputs(2, 300, 4, 3, 2, dtype=torch.float32), make_mask("left", 2, 300)
     graphs = []
@@ -186,9 +187,7 @@ def test_compiles_without_graph_breaks_and_without_unrolling():
 def test_compiled_gradients_equal_eager_ones():
     inputs, mask = make_inputs(2, 50, 4, 3, 2, dtype=torch.float32), make_mask("left", 2, 50)
     compiled = torch.compile(lru_scan, backend="aot_eager", fullgraph=True)
-    assert_same(
-        outputs_and_gradients(compiled, inputs, mask), outputs_and_gradients(lru_scan, inputs, mask), 1e-6
-    )
+    assert_same(outputs_and_gradients(compiled, inputs, mask), outputs_and_gradients(lru_scan, inputs, mask), 1e-6)
 
 
 def replaced(position, value):

@@ -6,8 +6,14 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.optimization import Adafactor as TransformersAdafactor
 
-from hf_compressm.surgery import GradientMap, carry_state, check_optimizer, drop_stale_state, reset_state
-from hf_compressm.surgery import resize_parameter_
+from hf_compressm.surgery import (
+    GradientMap,
+    carry_state,
+    check_optimizer,
+    drop_stale_state,
+    reset_state,
+    resize_parameter_,
+)
 
 OLD, NEW, WIDTH = 6, 3, 5
 

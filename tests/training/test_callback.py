@@ -10,7 +10,7 @@ from tiny import Windows, state_sizes, tiny_lm
 from torch import nn
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_compressm import CompreSSMCallback, CompressionReport, UnsupportedSetupError
+from hf_compressm import CompressionReport, CompreSSMCallback, UnsupportedSetupError
 from hf_compressm.report import REPORT_NAME
 
 
@@ -247,7 +247,7 @@ class NotReducible(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: make_trainer(path, model=NotReducible()), "NotReducible has no layer whose state can be reduced"),
+        (lambda path: make_trainer(path, model=NotReducible()), "NotReducible has no layer whose state can be"),
         (
             lambda path: make_trainer(path, callbacks=[CompreSSMCallback(target_state_size=33)]),
             "target_state_size=33 is above the present state size 32",
@@ -281,7 +281,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
 def test_a_nan_loss_at_the_reduction_leaves_the_layers_alone(tmp_path, caplog):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 2:
+            if state.global_step == 1:
                 with torch.no_grad():
                     model.model.layers[0].mixer.C_re.fill_(torch.nan)
 
@@ -326,3 +326,48 @@ def test_the_state_of_the_callback_is_json_and_rebuilds_it(tmp_path):
     assert again.config.tolerance == 0.1
     assert [event.step for event in again.report.events] == [2, 4, 6, 8]
     shutil.rmtree(tmp_path / "checkpoint-10")
+
+
+def test_a_loss_limit_is_measured_as_the_trainer_computes_the_loss(tmp_path):
+    seen = []
+
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        seen.append(torch.is_grad_enabled())
+        return nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    data = {"train_dataset": Windows(), "compute_loss_func": loss_of}
+    callback = CompreSSMCallback(max_loss_increase=0.02, start=5, end=15, num_reductions=2, calibration_batches=3)
+    args = arguments(tmp_path, max_steps=20, gradient_accumulation_steps=2)
+    trainer = Trainer(model=tiny_lm(state_size=32), args=args, callbacks=[callback], **data)
+    trainer.train()
+    assert seen.count(True) == 2 * 20  # training
+    assert seen.count(False) >= 3 * 4  # measured on three micro-batches, for several sizes
+    assert max(state_sizes(trainer.model)) < 32
+    assert "compute_loss" not in vars(trainer)
+
+
+def test_a_loss_limit_works_with_label_smoothing_and_evaluation_in_between(tmp_path):
+    callback = CompreSSMCallback(max_loss_increase=0.02, start=5, end=10, num_reductions=1)
+    options = {"label_smoothing_factor": 0.1, "eval_strategy": "steps", "eval_steps": 8}
+    trainer = make_trainer(tmp_path, callbacks=[callback], **options)
+    trainer.train()
+    assert max(state_sizes(trainer.model)) < 32
+
+
+@pytest.mark.parametrize("step", [7, 8])
+def test_a_run_resumed_inside_the_window_sees_the_same_batches(tmp_path, step):
+    def run(path, resume=None):
+        callback = CompreSSMCallback(max_loss_increase=0.01, start=5, end=10, num_reductions=1)
+        options = {"save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(path, callbacks=[callback], max_steps=12, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = run(tmp_path / "straight")
+    checkpoint = tmp_path / "straight" / f"checkpoint-{step}"
+    assert (checkpoint / "compressm_calibration_0.safetensors").exists()
+    assert not (tmp_path / "straight" / "checkpoint-11" / "compressm_calibration_0.safetensors").exists()
+    resumed = run(tmp_path / "resumed", str(checkpoint))
+    assert max(state_sizes(resumed.model)) < 32
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name

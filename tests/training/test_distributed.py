@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import Windows, free_port, subprocess_env, tiny_lm
+from tiny import Windows, tiny_lm
 
 SCRIPT = str(Path(__file__).parent / "ddp_script.py")
 
@@ -20,15 +20,15 @@ def logits(found):
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
-def test_two_ranks_equal_one_process(tmp_path, find_unused):
+def test_two_ranks_equal_one_process(tmp_path, find_unused, free_port, repo_env):
     one, two = tmp_path / "one", tmp_path / "two"
     for path in (one, two):
         path.mkdir()
     single = [sys.executable, SCRIPT, str(one), "sgd", "8", str(find_unused)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}"]
     double = [*torchrun, SCRIPT, str(two), "sgd", "4", str(find_unused)]
     for command in (single, double):
-        subprocess.run(command, check=True, env=subprocess_env())
+        subprocess.run(command, check=True, env=repo_env)
     reference, first, second = (torch.load(p) for p in (one / "rank-0.pt", two / "rank-0.pt", two / "rank-1.pt"))
     assert first["config"] == second["config"] == reference["config"]
     for name, value in first["weights"].items():

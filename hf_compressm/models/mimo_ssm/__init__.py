@@ -9,7 +9,6 @@ from .modeling_mimo_ssm import (
     MimoSSMPreTrainedModel,
 )
 
-
 __all__ = [
     "LRU",
     "MimoSSMConfig",

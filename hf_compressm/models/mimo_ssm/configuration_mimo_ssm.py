@@ -6,6 +6,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ..per_layer import validate_per_layer_config
+
 
 @strict
 class MimoSSMConfig(PreTrainedConfig):
@@ -69,17 +71,14 @@ class MimoSSMConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks that one field's type cannot tell; runs after construction and before saving."""
+        validate_per_layer_config(self)
         if self.vocab_size is None and self.input_size is None:
             raise ValueError(
                 "expected `vocab_size` (for input_ids), `input_size` (for input_values) or both, found neither"
             )
-        sizes = {name: getattr(self, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size", "input_size")}
-        if (unknown := (self.per_layer_attributes or set()) - {"state_size"}) or self._skips_a_layer():
-            raise ValueError(
-                f"expected `per_layer_config` to set nothing but `state_size`, found {sorted(unknown) or ['skip']}"
-            )
-        for layer_idx, layer in enumerate(self.per_layer_config):
-            sizes[f"state_size of layer {layer_idx}"] = layer.state_size
+        sizes = {
+            name: getattr(self, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size", "input_size")
+        }
         for name, size in sizes.items():
             if size is not None and (isinstance(size, bool) or size < 1):
                 raise ValueError(f"expected {name} to be an integer of at least 1, found {size}")
@@ -89,9 +88,6 @@ class MimoSSMConfig(PreTrainedConfig):
             raise ValueError(f"expected 0 <= max_phase <= 2 pi, found {self.max_phase}")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"expected 0 <= hidden_dropout < 1, found {self.hidden_dropout}")
-
-    def _skips_a_layer(self) -> bool:
-        return self.is_heterogeneous and any(layer.skip for layer in self.per_layer_config)
 
 
 __all__ = ["MimoSSMConfig"]

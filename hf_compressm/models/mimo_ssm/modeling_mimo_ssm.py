@@ -1,7 +1,6 @@
 """The MIMO SSM: blocks of a linear recurrent unit (LRU) with a complex diagonal state, and a gated linear unit."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...ops import lru_scan
 from ...surgery.parameters import resize_parameter_
-from ..per_layer import layer_state_sizes, set_layer_state_size
+from ..generation import ChunkedPrefillMixin, padding_mask, refuse_cache_while_checkpointing
+from ..loading import CheckedLoadingMixin
+from ..per_layer import set_layer_state_size
+from ..weight_decay import NoWeightDecayMixin
 from .configuration_mimo_ssm import MimoSSMConfig
 
 
@@ -54,11 +56,13 @@ class MimoSSMSequenceClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class LRU(nn.Module):
-    r"""Linear recurrent unit: $h_t = \lambda \odot h_{t-1} + \gamma \odot (\hat B u_t)$, $y_t = Re(C h_t) + D \odot u_t$.
+class LRU(NoWeightDecayMixin, nn.Module):
+    r"""Linear recurrent unit.
 
-    $\lambda = \exp(-\exp(\nu) + i\theta)$ and $\gamma = \sqrt{1 - |\lambda|^2}$, which keeps the state's size the same
-    for any $\lambda$ (Orvieto et al., arXiv 2303.06349, section 3). The state stays in float32 in lower precisions.
+    $$h_t = \lambda \odot h_{t-1} + \gamma \odot (\hat B u_t), \qquad y_t = \mathrm{Re}(C h_t) + D \odot u_t$$
+
+    with $\lambda = \exp(-\exp(\nu) + i\theta)$ and $\gamma = \sqrt{1 - |\lambda|^2}$, which keeps the state as large
+    as its input for any $\lambda$ (Orvieto et al., arXiv 2303.06349, section 3). It is float32 or better.
 
     Its state size can change in place: `resize_state`, and loading a state dict of another size.
     """
@@ -84,22 +88,10 @@ class LRU(nn.Module):
     def state_size(self) -> int:
         return self.nu_log.shape[0]
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # Loaders replace whole Parameters, so the mark is set wherever one arrives.
-        if name in self.no_weight_decay and param is not None:
-            param._no_weight_decay = True
-        super().register_parameter(name, param)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Copies of a Parameter lose their attributes.
-        super().__setstate__(state)
-        for name in self.no_weight_decay:
-            getattr(self, name)._no_weight_decay = True
-
     def forward(
         self, u: torch.Tensor, mask: torch.Tensor | None = None, cache_params: Cache | None = None
     ) -> torch.Tensor:
-        """`u (batch, L, hidden_size)`, `mask (batch, L)` False where the state must stay as it is; returns y like u."""
+        """`u (batch, L, hidden_size)`, `mask (batch, L)` False where the state stays as it is; returns y like u."""
         nu = torch.exp(self.nu_log.to(torch.promote_types(self.nu_log.dtype, torch.float32)))
         radius, theta = torch.exp(-nu), self.theta.to(nu.dtype)
         gamma = torch.sqrt(-torch.expm1(-2 * nu))[:, None]
@@ -177,7 +169,7 @@ class MimoSSMBlock(GradientCheckpointingLayer):
         return hidden_states + self.dropout(gated)
 
 
-class MimoSSMPreTrainedModel(PreTrainedModel):
+class MimoSSMPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
     """Initialisation and loading, common to the models of this file."""
 
     config: MimoSSMConfig
@@ -188,6 +180,11 @@ class MimoSSMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MimoSSMBlock"]
     _keep_in_fp32_modules_strict = ["nu_log", "theta"]
     _can_record_outputs = {"hidden_states": MimoSSMBlock}
+
+    def __init__(self, config: MimoSSMConfig):
+        super().__init__(config)
+        if config.vocab_size is None:
+            self.main_input_name = "input_values"
 
     def get_input_embeddings(self) -> nn.Module:
         base = self.base_model
@@ -203,7 +200,7 @@ class MimoSSMPreTrainedModel(PreTrainedModel):
         """Eigenvalues uniform on the ring r_min <= |lambda| <= r_max (arXiv 2303.06349, lemma 3.2)."""
         inner, outer = self.config.r_min**2, self.config.r_max**2
         eps = torch.finfo(torch.float32).eps
-        area = torch.rand(lru.state_size, dtype=torch.float64, device=lru.nu_log.device)
+        area = torch.rand(lru.state_size, dtype=torch.float64, device="cpu")  # not every device has float64
         area = (inner + area * (outer - inner)).clamp(eps, 1 - eps)
         init.copy_(lru.nu_log, torch.log(-0.5 * torch.log(area)))
         init.uniform_(lru.theta, 0, self.config.max_phase)
@@ -212,33 +209,6 @@ class MimoSSMPreTrainedModel(PreTrainedModel):
         for weight in (lru.C_re, lru.C_im):
             init.normal_(weight, std=1 / math.sqrt(lru.state_size))
         init.normal_(lru.D)
-
-    @staticmethod
-    def _finalize_model_loading(model, load_config, loading_info):
-        # transformers gives weights that do not fit random values, or an error that names no shape.
-        _check_weights_fit(model, loading_info, load_config.ignore_mismatched_sizes)
-        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-
-
-def _check_weights_fit(model: MimoSSMPreTrainedModel, loading_info, ignore_mismatched_sizes: bool) -> None:
-    """Raise a ValueError when blocks of the model and of the checkpoint differ in number or in shape."""
-    in_block = re.compile(r"(^|\.)layers\.(\d+)\.").search
-    wrong = [
-        f"{name}: config gives {tuple(expected)}, checkpoint has {tuple(found)}"
-        for name, found, expected in sorted(loading_info.mismatched_keys)
-        if in_block(name) or not ignore_mismatched_sizes
-    ]
-    wrong += [f"{name}: not in the checkpoint" for name in sorted(loading_info.missing_keys) if in_block(name)]
-    wrong += [f"{name}: in the checkpoint only" for name in sorted(loading_info.unexpected_keys) if in_block(name)]
-    if wrong:
-        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(
-            f"the config does not fit the weights (num_hidden_layers={model.config.num_hidden_layers}, "
-            f"hidden_size={model.config.hidden_size}, state sizes {layer_state_sizes(model.config)}):\n  "
-            + "\n  ".join(wrong[:8])
-            + more
-            + "\nLoad the weights with the config.json that was saved beside them, or give the config their sizes."
-        )
 
 
 class MimoSSMModel(MimoSSMPreTrainedModel):
@@ -279,12 +249,8 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
             ValueError: none or several inputs, an input that the config has no size for, a mask that does not fit, or
                 `cache_params` together with gradient checkpointing.
         """
+        refuse_cache_while_checkpointing(self, cache_params)
         if self.gradient_checkpointing and self.training:
-            if cache_params is not None:
-                raise ValueError(
-                    "gradient checkpointing would run each recurrence twice on `cache_params`: "
-                    "pass no cache, or call gradient_checkpointing_disable()"
-                )
             use_cache = False
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         hidden_states, mask = self._embed(input_ids, inputs_embeds, input_values, attention_mask, cache_params)
@@ -304,7 +270,7 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
         attention_mask: torch.Tensor | None,
         cache_params: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings, zero at padding whatever the padding holds, and the mask of the tokens given now."""
+        """Embeddings, free of what padding held (NaN included), and the mask of the tokens given now."""
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "input_values": input_values}
         given = [name for name, value in inputs.items() if value is not None]
         if len(given) != 1:
@@ -314,16 +280,16 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
         if input_values is not None and self.input_proj is None:
             raise ValueError("found input_values, but the config has no input_size: set it, or pass input_ids")
         values = inputs[given[0]]
-        mask = _padding_mask(attention_mask, values, has_cache=cache_params is not None)
+        mask = padding_mask(attention_mask, values, has_cache=cache_params is not None)
         if input_ids is not None:
-            embeddings = self.embed_tokens(input_ids)
-        elif inputs_embeds is not None:
-            embeddings = inputs_embeds
-        else:
-            embeddings = self._project(input_values, mask)
-        return (embeddings if mask is None else embeddings.masked_fill(~mask[..., None], 0)), mask
+            return self.embed_tokens(input_ids), mask
+        if input_values is not None:
+            values = self._with_channels(input_values).to(self.input_proj.weight.dtype)
+        if mask is not None:
+            values = values.masked_fill(~mask[..., None], 0)
+        return (values if input_values is None else self.input_proj(values)), mask
 
-    def _project(self, input_values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _with_channels(self, input_values: torch.Tensor) -> torch.Tensor:
         size = self.config.input_size
         values = input_values.unsqueeze(-1) if input_values.dim() == 2 else input_values
         if values.dim() != 3 or values.shape[-1] != size:
@@ -331,27 +297,10 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
                 f"expected input_values of shape (batch, L, {size}){' or (batch, L)' if size == 1 else ''}, "
                 f"found {tuple(input_values.shape)}"
             )
-        if mask is not None:
-            values = values.masked_fill(~mask[..., None], 0)
-        return self.input_proj(values.to(self.input_proj.weight.dtype))
+        return values
 
 
-def _padding_mask(attention_mask: torch.Tensor | None, values: torch.Tensor, has_cache: bool) -> torch.Tensor | None:
-    """The boolean mask (batch, L) of the tokens given now, from a mask that may also cover those in the cache."""
-    if attention_mask is None:
-        return None
-    batch, length = values.shape[:2]
-    fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch
-    longer_is_fine = has_cache and fits and attention_mask.shape[1] >= length
-    if not fits or (attention_mask.shape[1] != length and not longer_is_fine):
-        raise ValueError(
-            f"expected attention_mask of shape {(batch, length)}{' or longer' if has_cache else ''}, "
-            f"found {tuple(attention_mask.shape)}"
-        )
-    return attention_mask[:, attention_mask.shape[1] - length :].bool()
-
-
-class MimoSSMForCausalLM(MimoSSMPreTrainedModel, GenerationMixin):
+class MimoSSMForCausalLM(MimoSSMPreTrainedModel, ChunkedPrefillMixin, GenerationMixin):
     """The model with a language modelling head; `generate()` carries the recurrent state from token to token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -369,22 +318,6 @@ class MimoSSMForCausalLM(MimoSSMPreTrainedModel, GenerationMixin):
         # generate() would create a cache named past_key_values and ask for its length, which recurrent states do not
         # have; so the first forward pass creates it, under the name cache_params.
         return False
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """The prompt in pieces of `prefill_chunk_size`, which transformers offers for `past_key_values` only."""
-        size = generation_config.prefill_chunk_size
-        if size is None or model_kwargs.get("inputs_embeds") is not None or not model_kwargs.get("use_cache"):
-            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        attention_mask = model_kwargs.pop("attention_mask", None)
-        earlier = 0 if attention_mask is None else attention_mask.shape[1] - input_ids.shape[1]
-        for chunk in input_ids.split(size, dim=1):
-            earlier += chunk.shape[1]
-            model_kwargs["attention_mask"] = None if attention_mask is None else attention_mask[:, :earlier]
-            inputs = self.prepare_inputs_for_generation(chunk, is_first_iteration=is_first_iteration, **model_kwargs)
-            outputs = self(**inputs, return_dict=True)
-            model_kwargs["cache_params"] = outputs.cache_params
-        model_kwargs["attention_mask"] = attention_mask
-        return outputs
 
     @can_return_tuple
     def forward(
@@ -431,8 +364,6 @@ class MimoSSMForSequenceClassification(MimoSSMPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = MimoSSMModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
-        if config.vocab_size is None:
-            self.main_input_name = "input_values"
         self.post_init()
 
     @can_return_tuple

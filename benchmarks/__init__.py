@@ -1,0 +1,1 @@
+"""Experiments and measurements behind the figures in the documentation; `python -m benchmarks` lists them."""

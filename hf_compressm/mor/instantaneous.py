@@ -1,0 +1,161 @@
+r"""Reduction of a selective layer with a scalar state matrix per head (Mamba-2, SSD).
+
+$$h_t[p] = \exp(\Delta_t A) h_{t-1}[p] + \Delta_t x_t[p] B_t, \qquad y_t[p] = C_t \cdot h_t[p]$$
+
+for each head, with `B_t` and `C_t` shared by the heads of a group (Dao and Gu, *Transformers are SSMs*, arXiv
+2405.21060, section 6). The state matrix is a multiple of the identity and commutes with every change of basis: states
+that are kept evolve exactly, `W^T h` under the inputs `W^T B`, and a projection errs by `C_t . (I - V W^T) h_t`, now,
+not later. So the observability weight is the instantaneous `Q = E[C C^T]`, and with `P = E[sum_p w h h^T]` balanced
+truncation makes the mean square error `sum_{i>r} sigma_i^2` if C and h are independent, the least possible.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .balancing import Balancing
+from .refit import TokenMoments
+from .systems import promote
+
+
+@dataclass(frozen=True)
+class SSDSignals:
+    """What one scan reads and how much its outputs matter.
+
+    Attributes:
+        x: inputs (batch, L, H, P): heads and their channels.
+        dt: time steps (batch, L, H), not negative.
+        B, C: input and output vectors (batch, L, G, n); head h belongs to group h // (H / G).
+        weight: of each squared output (batch, L, H, P), zero where an output does not count.
+        mask: bool (batch, L) or None: False freezes the state there and counts nothing, as for padding.
+    """
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+    weight: Tensor
+    mask: Tensor | None = None
+
+    def __post_init__(self):
+        if self.mask is not None:
+            object.__setattr__(self, "dt", self.dt * self.mask[..., None])
+            object.__setattr__(self, "weight", self.weight * self.mask[..., None, None])
+
+    @property
+    def groups(self) -> int:
+        return self.B.shape[2]
+
+
+def ssd_states(signals: SSDSignals, A: Tensor, stride: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """States at every `stride`-th time step, and at the last.
+
+    Args:
+        signals: the layer's.
+        A: (H,), negative.
+        stride: how many steps to take at once.
+
+    Yields:
+        The time, and the states then, (batch, G, channels of the group, n).
+    """
+    batch, length, heads, channels = signals.x.shape
+    groups, n = signals.B.shape[2:]
+    grouped = (batch, -1, groups, heads // groups, channels)
+    A = A.to(signals.x.dtype)
+    h = signals.x.new_zeros(batch, groups, heads // groups, channels, n)
+    for start in range(0, length, stride):
+        span = slice(start, min(start + stride, length))
+        exponents = signals.dt[:, span] * A
+        after = exponents.flip(1).cumsum(1).flip(1)  # from before each step to the end of the span
+        drive = (torch.exp(after - exponents) * signals.dt[:, span])[..., None] * signals.x[:, span]
+        fresh = torch.einsum("btghp,btgn->bghpn", drive.reshape(grouped), signals.B[:, span])
+        kept = torch.exp(after[:, 0]).view(batch, groups, -1, 1, 1)
+        h = h * kept + fresh
+        yield span.stop - 1, h.flatten(2, 3)
+
+
+def instantaneous_sums(signals: SSDSignals, A: Tensor, stride: int = 1) -> dict[str, Tensor]:
+    """Sums over tokens from which the Gramians follow, float64; they add up over calls.
+
+    Returns:
+        "P": of `sum_p w h h^T` (G, n, n); "M": of `sum_p w (C * h)(C * h)^T` (G, n, n), whose quadratic form in the
+        indicator of a set of states is the square error of leaving them out; "states": over how many tokens; "Q": of
+        `C C^T` (G, n, n); "tokens": over how many tokens.
+    """
+    groups, n = signals.B.shape[2:]
+    real = signals.mask if signals.mask is not None else torch.ones_like(signals.dt[..., 0], dtype=torch.bool)
+    root = signals.weight.sqrt().unflatten(2, (groups, -1)).flatten(3)
+    P = M = torch.zeros(groups, n, n, dtype=torch.float64)
+    counted = 0
+    for t, h in ssd_states(signals, A, stride):
+        weighted = h * root[:, t, ..., None]
+        read = (weighted * signals.C[:, t, :, None]).transpose(0, 1).flatten(1, 2)
+        weighted = weighted.transpose(0, 1).flatten(1, 2)
+        P, M = (total.to(h.device) + promote(f.mT @ f, torch.float64) for total, f in ((P, weighted), (M, read)))
+        counted += int(real[:, t].sum())
+    C = signals.C[real].transpose(0, 1)
+    Q = promote(C.mT @ C, torch.float64)
+    return {"P": P, "M": M, "states": Q.new_tensor(counted), "Q": Q, "tokens": Q.new_tensor(int(real.sum()))}
+
+
+def select_states(M: Tensor, r: int) -> Tensor:
+    """Indices of `r` states to keep, ascending, by backward elimination.
+
+    Always the state goes whose loss, given those gone already, raises the square error the least.
+
+    Args:
+        M: covariance of what the states put out (n, n), `E[w C_i C_j h_i h_j]`.
+        r: 1 to n.
+    """
+    kept = torch.ones(len(M), dtype=torch.bool, device=M.device)
+    coupling = torch.zeros_like(M[0])
+    for _ in range(len(M) - r):
+        rise = M.diagonal() + 2 * coupling
+        gone = torch.where(kept, rise, torch.inf).argmin()
+        kept[gone] = False
+        coupling = coupling + M[gone]
+    return kept.nonzero()[:, 0]
+
+
+def balanced_maps(balancings: list[Balancing], r: int) -> tuple[Tensor, Tensor]:
+    """Maps `W^T` and `V^T` (G, r, n) of the `r` leading balanced directions of each group, rows scaled to equal norms.
+
+    Rows beyond the numerical rank of a group are zero.
+    """
+    n = balancings[0].order
+    maps = balancings[0].left.new_zeros(2, len(balancings), r, n)
+    for group, balancing in enumerate(balancings):
+        rank = min(r, balancing.rank)
+        if rank:
+            W, V = balancing.projection(rank)
+            scale = (torch.linalg.vector_norm(V, dim=0) / torch.linalg.vector_norm(W, dim=0)).sqrt()
+            maps[0, group, :rank], maps[1, group, :rank] = (W * scale).mT, (V / scale).mT
+    return maps[0], maps[1]
+
+
+def ssd_token_moments(signals: SSDSignals, y: Tensor, A: Tensor, B_map: Tensor, stride: int = 1) -> list[TokenMoments]:
+    """What a refit of each group's map of C needs to know.
+
+    Args:
+        signals: of the layer before its reduction.
+        y: its outputs (batch, L, H, P).
+        A: (H,).
+        B_map: `W^T` (G, r, n).
+        stride: every how many time steps count.
+    """
+    groups = signals.groups
+    reduced = SSDSignals(signals.x, signals.dt, apply_map(B_map, signals.B), signals.C, signals.weight)
+    weight, y = (part.unflatten(2, (groups, -1)).flatten(3) for part in (signals.weight, y))
+    found = []
+    for t, h in ssd_states(reduced, A, stride):
+        weighted = (h * weight[:, t, ..., None]).mT
+        found.append((signals.C[:, t], weighted @ h, (weighted @ y[:, t, ..., None])[..., 0]))
+    parts = [torch.cat(part) for part in zip(*found, strict=True)]
+    return [TokenMoments(*(part[:, group] for part in parts)) for group in range(groups)]
+
+
+def apply_map(map_: Tensor, vectors: Tensor) -> Tensor:
+    """The map (G, r, n) of each group on its vectors (batch, L, G, n)."""
+    return torch.einsum("grn,blgn->blgr", map_.to(vectors), vectors)

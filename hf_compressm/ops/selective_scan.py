@@ -1,0 +1,281 @@
+r"""The selective scan of Mamba: a diagonal recurrence whose step size, input and output depend on the input.
+
+$$h_t = e^{\Delta_t A} \odot h_{t-1} + \Delta_t u_t B_t, \qquad y_t = C_t \cdot h_t$$
+
+for each channel alone (Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv
+2312.00752, equation 2 with the discretisation of section 3.3's code: exact for A, Euler for B; without the skip
+connection). `selective_scan_reference` is the ground truth; `selective_scan` is the fast form with the same meaning.
+
+Shapes: `u, delta (batch, L, D)`, `A (D, n)`, `B, C (batch, L, n)`, `y (batch, L, D)`, states `(batch, D, n)`.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ._common import check_arguments, state_dtype, zero_where_masked
+
+CHUNK_SIZE = 32
+BLOCK_STATES = 1 << 15  # states that a CPU thread advances at once
+
+CONTIGUOUS = {"memory_format": torch.contiguous_format}
+
+
+def selective_scan_reference(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    h0: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `selective_scan`, as a plain loop that autograd differentiates; `chunk_size` has no meaning here."""
+    _check(u, delta, A, B, C, h0, mask, chunk_size)
+    dtype = state_dtype(u)
+    h = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if h0 is None else h0.to(dtype)
+    outputs = []
+    for t in range(u.shape[1]):
+        step = delta[:, t, :, None].to(dtype)
+        moved = torch.exp(step * A.to(dtype)) * h + step * u[:, t, :, None].to(dtype) * B[:, t, None].to(dtype)
+        h = moved if mask is None else torch.where(mask[:, t, None, None], moved, h)
+        outputs.append((h * C[:, t, None].to(dtype)).sum(-1))
+    y = torch.stack(outputs, 1) if outputs else u
+    return y.to(u.dtype), h
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    h0: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t`, `y_t = C_t . h_t`, with the states of one chunk in memory.
+
+    The backward pass recomputes the states chunk by chunk from the state at the start of each chunk. It gives first
+    derivatives, for all inputs and `h0`, from those of `y` and `h_T`.
+
+    Args:
+        u: (batch, L, D), the input, of any floating dtype.
+        delta: (batch, L, D), the step sizes, not negative (after the softplus).
+        A: (D, n), the continuous-time eigenvalues, negative.
+        B, C: (batch, L, n), the input and output vectors.
+        h0: (batch, D, n), the state before the first step; None is zero.
+        mask: (batch, L), bool. Where it is False the state stays as it is and `u`, `delta` and `B` are ignored, so
+            that padding at any place changes neither later outputs nor the final state.
+        chunk_size: time steps whose states are held at once.
+
+    Returns:
+        y: (batch, L, D), in the dtype of `u`.
+        h_T: (batch, D, n), the state after the last step, in float32 (float64 when `u` is float64).
+
+    Raises:
+        ValueError: shapes that do not fit each other, a mask that is not boolean, a chunk size below 1.
+    """
+    _check(u, delta, A, B, C, h0, mask, chunk_size)
+    dtype = state_dtype(u)
+    u, delta, B = zero_where_masked(mask, u, delta, B)
+    # Channels last: the innermost loops run over the longest dimension and the sums over n are matrix products.
+    h0 = None if h0 is None else h0.to(dtype).transpose(1, 2)
+    y, h_last, _ = _scan(u, delta, A.to(dtype).t(), B, C, h0, chunk_size)
+    return y, h_last.transpose(1, 2)
+
+
+def _check(u, delta, A, B, C, h0, mask, chunk_size) -> None:
+    if u.dim() != 3 or A.dim() != 2:
+        raise ValueError(f"expected u (batch, L, D) and A (D, n); found {tuple(u.shape)} and {tuple(A.shape)}")
+    batch, length, channels = u.shape
+    n = A.shape[1]
+    expected = {
+        "delta": (delta, (batch, length, channels)),
+        "A": (A, (channels, n)),
+        "B": (B, (batch, length, n)),
+        "C": (C, (batch, length, n)),
+        "h0": (h0, (batch, channels, n)),
+        "mask": (mask, (batch, length)),
+    }
+    check_arguments(expected, mask, chunk_size)
+
+
+def _blocks(batch: int, n: int, channels: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Slices of the batch and of the channels that together hold about `BLOCK_STATES` states per thread."""
+    limit = BLOCK_STATES * torch.get_num_threads() // n if device.type == "cpu" else batch * channels
+    parts = math.ceil(channels / max(1, limit))
+    width = math.ceil(channels / max(1, parts))
+    height = max(1, limit // max(1, channels))
+    for row in range(0, batch, height):
+        for column in range(0, channels, width):
+            yield slice(row, min(row + height, batch)), slice(column, min(column + width, channels))
+
+
+class _Block:
+    """The recurrence on a slice of the sequences and of the channels.
+
+    Every pass over the states is made step by step, while the states of the step are in the cache.
+    """
+
+    def __init__(self, u, delta, A, B, C, rows: slice, columns: slice):
+        self.sources = (u[rows, :, columns], delta[rows, :, columns], B[rows], C[rows])
+        self.A = A[:, columns].contiguous()
+        self.rates = self.A * math.log2(math.e)  # exp2 costs a third of exp
+        self.shape = (self.sources[0].shape[0], *self.A.shape)  # of a state
+
+    def steps(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Time steps `start:stop` of `x (sequences, L, d)`, time first: (steps, sequences, 1, d)."""
+        return x[:, start:stop, None].transpose(0, 1).to(dtype=self.A.dtype, memory_format=torch.contiguous_format)
+
+    def load(self, start: int, stop: int) -> None:
+        self.u, self.delta, self.B, self.C = (self.steps(x, start, stop) for x in self.sources)
+        self.driven = self.delta * self.u
+        self.delta_at, self.driven_at = self.delta.unbind(0), self.driven.unbind(0)
+        self.B_at = self.B.transpose(2, 3).unbind(0)
+
+    def advance(self, k: int, decay: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Write the decay and the state of loaded step `k`; the state may replace the one before it."""
+        torch.mul(self.delta_at[k], self.rates, out=decay).exp2_()
+        torch.mul(decay, before, out=after).addcmul_(self.driven_at[k], self.B_at[k])
+
+
+@torch.library.custom_op("hf_compressm::selective_scan", mutates_args=())
+def _scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    h0: torch.Tensor | None,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns y, the last state (batch, n, D), and the states at the start of each chunk for the backward."""
+    y, h_last, borders = _scan_fake(u, delta, A, B, C, h0, chunk_size)
+    batch, length, channels = u.shape
+    with torch.autocast(u.device.type, enabled=False):
+        for rows, columns in _blocks(batch, A.shape[0], channels, u.device):
+            block = _Block(u, delta, A, B, C, rows, columns)
+            state = A.new_zeros(block.shape) if h0 is None else h0[rows, :, columns].clone(**CONTIGUOUS)
+            decay = torch.empty_like(state)
+            for c, start in enumerate(range(0, length, chunk_size)):
+                stop = min(start + chunk_size, length)
+                borders[c, rows, :, columns] = state
+                block.load(start, stop)
+                out = torch.empty_like(block.u)
+                for k, (C_k, out_k) in enumerate(zip(block.C.unbind(0), out.unbind(0), strict=True)):
+                    block.advance(k, decay, state, state)
+                    torch.bmm(C_k, state, out=out_k)
+                y[rows, start:stop, columns] = out.squeeze(2).transpose(0, 1)
+            h_last[rows, :, columns] = state
+    return y, h_last, borders
+
+
+@_scan.register_fake
+def _scan_fake(u, delta, A, B, C, h0, chunk_size):
+    batch, length, channels = u.shape
+    chunks = (length + chunk_size - 1) // chunk_size
+    state = (batch, A.shape[0], channels)
+    return u.new_empty(u.shape), A.new_empty(state), A.new_empty(chunks, *state)
+
+
+@torch.library.custom_op("hf_compressm::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: torch.Tensor,
+    dh_last: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    borders: torch.Tensor,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of u, delta, A, B, C and h0, by the adjoint recurrence g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
+    du, ddelta, dA, dB, dC, dh0 = _scan_backward_fake(dy, dh_last, u, delta, A, B, C, borders, chunk_size)
+    batch, length, channels = u.shape
+    dA.zero_()
+    # Sums over the blocks of channels, so in the dtype of the state until they are complete.
+    dB_sum, dC_sum = A.new_zeros(B.shape), A.new_zeros(C.shape)
+    with torch.autocast(u.device.type, enabled=False):
+        for rows, columns in _blocks(batch, A.shape[0], channels, u.device):
+            block = _Block(u, delta, A, B, C, rows, columns)
+            chunk = _AdjointChunk(block, min(chunk_size, length))
+            adjoint = dh_last[rows, :, columns].clone(**CONTIGUOUS)
+            for c in reversed(range(borders.shape[0])):
+                start, stop = c * chunk_size, min((c + 1) * chunk_size, length)
+                block.load(start, stop)
+                dy_steps = block.steps(dy[rows, :, columns], start, stop)
+                parts = chunk.run(adjoint, borders[c, rows, :, columns], dy_steps)
+                ddriven, ddelta_direct, dA_part, dB_part, dC_part = parts
+                here = (rows, slice(start, stop), columns)
+                torch.mul(ddriven, block.delta, out=du[here].transpose(0, 1)[:, :, None])
+                torch.addcmul(ddelta_direct, ddriven, block.u, out=ddelta[here].transpose(0, 1)[:, :, None])
+                dA[:, columns] += dA_part
+                dB_sum[rows, start:stop] += dB_part.squeeze(2).transpose(0, 1)
+                dC_sum[rows, start:stop] += dC_part.squeeze(2).transpose(0, 1)
+            dh0[rows, :, columns] = adjoint
+    dB.copy_(dB_sum)
+    dC.copy_(dC_sum)
+    return du, ddelta, dA, dB, dC, dh0
+
+
+class _AdjointChunk:
+    """The steps of one chunk of a block, forward to recompute the states and back with their adjoints."""
+
+    def __init__(self, block: _Block, size: int):
+        self.block = block
+        self.decays = block.A.new_empty(size, *block.shape).unbind(0)
+        self.states = block.A.new_empty(size + 1, *block.shape).unbind(0)  # with the state before the first step
+        self.dA = block.A.new_empty(block.shape)
+
+    def run(
+        self, adjoint: torch.Tensor, before: torch.Tensor, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take `adjoint`, of the state after the loaded steps, back to that of the state `before` them.
+
+        Returns the gradients of delta u and, in the decay alone, of delta, both (steps, sequences, 1, d), of A (n, d),
+        and of B and C (steps, sequences, 1, n).
+        """
+        block, decays, states = self.block, self.decays, self.states
+        count = dy.shape[0]
+        dB, dC, ddriven, ddelta = (torch.empty_like(x) for x in (block.B, block.C, dy, dy))
+        states[0].copy_(before)
+        dy_at, dC_at = dy.unbind(0), dC.unbind(0)
+        for k in range(count):
+            block.advance(k, decays[k], states[k], states[k + 1])
+            torch.bmm(dy_at[k], states[k + 1].transpose(1, 2), out=dC_at[k])
+        C_at = block.C.transpose(2, 3).unbind(0)
+        B_rows, dB_at, ddriven_at, ddelta_at = (x.unbind(0) for x in (block.B, dB, ddriven, ddelta))
+        self.dA.zero_()
+        for k in reversed(range(count)):
+            adjoint.addcmul_(dy_at[k], C_at[k])
+            torch.bmm(block.driven_at[k], adjoint.transpose(1, 2), out=dB_at[k])
+            torch.bmm(B_rows[k], adjoint, out=ddriven_at[k])
+            adjoint.mul_(decays[k])
+            dlog = states[k].mul_(adjoint)  # of delta A; this state is not needed again
+            self.dA.addcmul_(dlog, block.delta_at[k])
+            torch.sum(dlog.mul_(block.A), 1, keepdim=True, out=ddelta_at[k])
+        return ddriven, ddelta, self.dA.sum(0), dB, dC
+
+
+@_scan_backward.register_fake
+def _scan_backward_fake(dy, dh_last, u, delta, A, B, C, borders, chunk_size):
+    return tuple(x.new_empty(x.shape) for x in (u, delta, A, B, C, dh_last))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    u, delta, A, B, C, h0, ctx.chunk_size = inputs
+    ctx.has_h0 = h0 is not None
+    ctx.save_for_backward(u, delta, A, B, C, output[2])
+
+
+def _backward(ctx, dy, dh_last, _):
+    u, delta, A, B, C, borders = ctx.saved_tensors
+    *gradients, dh0 = _scan_backward(dy, dh_last, u, delta, A, B, C, borders, ctx.chunk_size)
+    return *gradients, dh0 if ctx.has_h0 else None, None
+
+
+_scan.register_autograd(_backward, setup_context=_save_for_backward)

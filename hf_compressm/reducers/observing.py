@@ -1,0 +1,148 @@
+"""Reducers of layers whose Gramians depend on the input: what they keep of the forward passes they see."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from .base import StateReducer
+
+# A sample of the layer's inputs, to fit reductions on and to compare them: whole beginnings of sequences, because the
+# state starts there.
+_SAMPLE_LENGTH = 512  # tokens of one sequence
+_SAMPLE_PER_PASS = 1024  # tokens of one forward pass
+_SAMPLE_TOTAL = 4096  # tokens of one layer
+_PASS_ELEMENTS = 2**24  # of the layer's inner activations that are recomputed at once
+
+
+class ObservingReducer(StateReducer):
+    """Keeps sums over all tokens seen, whose size is that of the state squared, and a bounded sample of inputs.
+
+    Sequences of the sample alternate between those to fit on and those held out. One observed alone is split in time.
+
+    Attributes:
+        sample_offset: distinguishes the random numbers of data-parallel ranks.
+    """
+
+    needs_observation = True
+
+    def __init__(self, module: nn.Module, method: str = "auto", seed: int = 0):
+        super().__init__(module, method, seed)
+        self.sample_offset = 0
+        self._sums: dict[str, Tensor] = {}
+        self._samples: list[Tensor] = []
+        self._passes = 0
+
+    @property
+    def state_size(self) -> int:
+        return self.module.ssm_state_size
+
+    @abstractmethod
+    def _accumulate(self, hidden: Tensor, mask: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
+        """Sums over the tokens of some sequences `hidden` (batch, L, hidden_size) that add up over calls.
+
+        `mask` (batch, L) is False at padding; the `generator` is on the CPU.
+        """
+
+    @torch.no_grad()
+    def observe(self, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        mask = _padding_mask(hidden, args, kwargs)
+        generator = torch.Generator().manual_seed(self._noise_seed())
+        rows = max(1, _PASS_ELEMENTS // max(1, hidden.shape[1] * self.module.intermediate_size))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for first in range(0, len(hidden), rows):
+                part = slice(first, first + rows)
+                found = self._accumulate(hidden[part], None if mask is None else mask[part], generator)
+                for name, value in found.items():
+                    self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._sample(hidden, mask)
+        self._passes += 1
+
+    def statistics(self) -> dict[str, Tensor]:
+        samples = {f"sample.{i}": sample for i, sample in enumerate(self._samples)}
+        sums = {f"sum.{name}": value for name, value in self._sums.items()}
+        return sums | samples | {"passes": torch.tensor(self._passes)}
+
+    def load_statistics(self, statistics: dict[str, Tensor]) -> None:
+        device = next(self.module.parameters()).device
+        self._passes = int(statistics["passes"])
+        self._sums = {
+            name.removeprefix("sum."): value.to(device)
+            for name, value in statistics.items()
+            if name.startswith("sum.")
+        }
+        self._samples = []
+        for i in count():
+            if f"sample.{i}" not in statistics:
+                break
+            self._samples.append(statistics[f"sample.{i}"].to(device))
+
+    def reduce_over_ranks(self, all_reduce: Callable[[Tensor], None]) -> None:
+        self._require_observation()  # a rank that has nothing to add would leave the others waiting
+        for name in sorted(self._sums):
+            all_reduce(self._sums[name])
+
+    def _require_observation(self) -> None:
+        if not self._sums or not self._samples:
+            raise ArithmeticError(
+                "Expected the layer to have been observed; found no forward pass with at least one token. Pass "
+                "calibration batches, or reduce after some training steps."
+            )
+
+    def _noise_seed(self) -> int:
+        """Of the random numbers of one forward pass: the same whatever else draws some, and different elsewhere."""
+        key = repr((self.seed, self.module.layer_idx, self._passes, self.sample_offset))
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
+
+    def _sample(self, hidden: Tensor, mask: Tensor | None) -> None:
+        room = min(_SAMPLE_PER_PASS, _SAMPLE_TOTAL - sum(len(sample) for sample in self._samples))
+        for row in range(len(hidden)):
+            sequence = hidden[row] if mask is None else hidden[row][mask[row]]
+            sequence = sequence[: min(_SAMPLE_LENGTH, room)]
+            if len(sequence):
+                self._samples.append(sequence.detach().clone())
+                room -= len(sequence)
+
+    def _fit_and_held_out(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs (batch, L, hidden_size), which of them are real, and which of these count, to fit on and held out."""
+        if len(self._samples) == 1:
+            hidden = self._samples[0][None]
+            real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            early = torch.arange(hidden.shape[1], device=hidden.device) < hidden.shape[1] / 2
+            return [(hidden, real, real & early), (hidden, real, real & ~early if hidden.shape[1] > 1 else real)]
+        parts = []
+        for samples in (self._samples[::2], self._samples[1::2]):
+            hidden = pad_sequence(samples, batch_first=True)
+            lengths = torch.tensor([len(sample) for sample in samples], device=hidden.device)
+            real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+            parts.append((hidden, real, real))
+        return parts
+
+
+def _padding_mask(hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
+    """The mask (batch, L) of real tokens in the arguments of a stock or a reducible mixer; None if all are real."""
+    mask = kwargs.get("token_mask")
+    if mask is None:
+        mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
+    if mask is None:
+        return None
+    mask = mask[:, -hidden.shape[1] :].to(device=hidden.device, dtype=torch.bool)
+    return None if mask.all() else mask
+
+
+def causal_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """The depthwise causal convolution `conv` of `x` (batch, L, channels) in the dtype of `x`."""
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    y = F.conv1d(x.mT, conv.weight.to(x.dtype), bias, padding=conv.kernel_size[0] - 1, groups=conv.groups)
+    return y[..., : x.shape[1]].mT
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)` in the dtype of `x`."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
