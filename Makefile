@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv; nothing has to be activated.
 #
 #   make test PYTHON=python3.12
-#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu    (Linux without a GPU: a much smaller torch)
+#   make test TORCH_INDEX=URL    (PyTorch's index of CPU builds: a much smaller torch on Linux without a GPU)
 
 PYTHON ?= python3
 TORCH_INDEX ?=

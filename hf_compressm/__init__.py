@@ -4,7 +4,16 @@ import logging as _logging
 
 from .compression import compress, hankel_singular_values
 from .config import CompressionConfig
-from .models import MimoSSMConfig, MimoSSMForCausalLM, MimoSSMForSequenceClassification, MimoSSMModel
+from .models import (
+    MimoSSMConfig,
+    MimoSSMForCausalLM,
+    MimoSSMForSequenceClassification,
+    MimoSSMModel,
+    ReducibleMamba2Config,
+    ReducibleMamba2ForCausalLM,
+    ReducibleMambaConfig,
+    ReducibleMambaForCausalLM,
+)
 from .param_groups import ssm_param_groups
 from .reducers import register_reducer
 from .report import CompressionReport
@@ -21,6 +30,10 @@ __all__ = [
     "MimoSSMForCausalLM",
     "MimoSSMForSequenceClassification",
     "MimoSSMModel",
+    "ReducibleMamba2Config",
+    "ReducibleMamba2ForCausalLM",
+    "ReducibleMambaConfig",
+    "ReducibleMambaForCausalLM",
     "UnsupportedSetupError",
     "compress",
     "hankel_singular_values",

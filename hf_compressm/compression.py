@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from .config import CompressionConfig
 from .mor import RANK_RULES, RankRule, RelativeError, Spectrum, TargetStateSize, apply_constraints
 from .observation import Loss, Observation, evaluation_mode, first_batches, model_loss
-from .reducers import Reduction, StateReducer, find_reducible, supported_layers
+from .reducers import Reduction, StateReducer, find_reducible, refuse_layers, supported_layers
 from .report import CompressionEvent, CompressionReport, LayerReport
 from .search import largest_reduction
 from .surgery import (
+    adopt_parameters,
     broadcast_from_main,
     carry_state,
     check_model,
@@ -108,6 +109,7 @@ def check_support(model: nn.Module, config: CompressionConfig, optimizer: Optimi
         ValueError: what was expected, what was found, what to do.
     """
     check_model(model)
+    refuse_layers(model)
     check_optimizer(optimizer, config.moments)
     reducers = _reducers(extract_model_from_parallel(model), config)
     rule, value = config.rule
@@ -158,7 +160,7 @@ def compress_once(
         plans = planner.plans()
     changes = {name: plan.reduction for name, plan in plans.items() if plan.reduction is not None}
     if changes and not config.dry_run:
-        _apply(reducers, changes, config, optimizer)
+        _apply(base, reducers, changes, config, optimizer)
         for replica in replicas:
             rebuild_reducer(replica)
             check_replicas_equal(base, replica.process_group)
@@ -183,6 +185,13 @@ def observe(model: nn.Module, config: CompressionConfig, training_only: bool = T
         ValueError: nothing is reducible, or not by `config.method`.
     """
     return Observation(_reducers(extract_model_from_parallel(model), config), training_only)
+
+
+def sync_config(model: nn.Module) -> None:
+    """Bring the config of an unwrapped model up to the sizes of its layers, as after loading other weights."""
+    if hasattr(model, "config"):
+        for module, reducer_class in find_reducible(model).values():
+            reducer_class(module).sync_config(model.config)
 
 
 def _calibrate(model: nn.Module, config: CompressionConfig, dataloader: Iterable | None):
@@ -229,7 +238,11 @@ def _reducers(model: nn.Module, config: CompressionConfig) -> dict[str, StateRed
             f"{type(model).__name__} has no layer whose state can be reduced; known layers are "
             f"{', '.join(supported_layers())}. Other architectures join with `register_reducer`."
         )
-    return {name: cls(module, config.method, config.seed) for name, (module, cls) in found.items()}
+    reducers = {name: cls(module, config.method, config.seed) for name, (module, cls) in found.items()}
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    for reducer in reducers.values():
+        reducer.sample_offset = rank
+    return reducers
 
 
 class _Planner:
@@ -311,22 +324,19 @@ class _Planner:
         def increase(sizes: dict[str, int]) -> float:
             found = {name: self._reduction(name, size) for name, size in sizes.items()}
             trial = {name: r for name, r in found.items() if isinstance(r, Reduction)}
-            old = {name: self._present(name, reduction) for name, reduction in trial.items()}
+            old = {name: (self.reducers[name].state_size, self._weights(name)) for name in trial}
             try:
                 for name, reduction in trial.items():
                     self.reducers[name].apply(reduction)
                 return self.loss() - before
             finally:
-                for name, reduction in old.items():
-                    self.reducers[name].apply(reduction)
+                for name, (size, weights) in old.items():
+                    self.reducers[name].restore(size, weights)
 
         return increase
 
-    def _present(self, name: str, reduction: Reduction) -> Reduction:
-        """The layer as it is, in the form that puts it back."""
-        reducer = self.reducers[name]
-        parameters = {key: reducer.module.get_parameter(key).detach().clone() for key in reduction.parameters}
-        return replace(reduction, state_size=reducer.state_size, parameters=parameters)
+    def _weights(self, name: str) -> dict[str, Tensor]:
+        return {key: value.clone() for key, value in self.reducers[name].module.state_dict().items()}
 
 
 def _uniform(reducers: Mapping[str, StateReducer], wanted: bool | None) -> bool:
@@ -355,6 +365,7 @@ def _on_cpu(plans: dict[str, _Plan]) -> dict[str, _Plan]:
 
 
 def _apply(
+    model: nn.Module,
     reducers: dict[str, StateReducer],
     changes: dict[str, Reduction],
     config: CompressionConfig,
@@ -362,10 +373,12 @@ def _apply(
 ) -> None:
     """Put the reductions in place: first the optimizer's state, which is told by the old shapes, then the weights."""
     for name, reduction in changes.items():
-        module = reducers[name].module
-        params = {key: module.get_parameter(key) for key in reduction.parameters}
+        present = dict(reducers[name].module.named_parameters())
+        params = {key: present[key] for key in reduction.parameters if key in present}
         if config.moments == "carry":
             carry_state(optimizer, params, reduction.gradient_maps)
         else:
             reset_state(optimizer, list(params.values()))
         reducers[name].apply(reduction)
+        adopt_parameters(optimizer, model, reducers[name].module)
+    sync_config(model)

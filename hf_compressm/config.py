@@ -106,10 +106,10 @@ class CompressionConfig:
                 raise ValueError(f"`{name}` is a whole number of at least 1; found {value}.")
         if not 0 <= self.min_reduction < 1:
             raise ValueError(f"`min_reduction` is a fraction in [0, 1); found {self.min_reduction}.")
-        if self.reduction_fraction is not None and self.reduction_fraction < self.min_reduction:
+        if self.reduction_fraction is not None and self.reduction_fraction <= self.min_reduction:
             raise ValueError(
-                f"reduction_fraction={self.reduction_fraction} is below min_reduction={self.min_reduction}, so that "
-                "nothing would ever be reduced. Raise the first or lower the second."
+                f"reduction_fraction={self.reduction_fraction} is not above min_reduction={self.min_reduction}, so "
+                "that nothing would ever be reduced. Raise the first or lower the second."
             )
         self.start, self.end = self._time("start"), self._time("end")
         if type(self.start) is type(self.end):

@@ -61,9 +61,12 @@ class Observation:
         return observe
 
     def reduce_over_ranks(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum what was observed over data-parallel ranks."""
+        """Sum what was observed over data-parallel ranks; a layer that some rank has not seen is left as it is."""
         for reducer in self._observing.values():
-            reducer.reduce_over_ranks(all_reduce)
+            missing = torch.zeros(1, device=next(reducer.module.parameters()).device) + (not reducer.observed)
+            all_reduce(missing)
+            if not missing.any():
+                reducer.reduce_over_ranks(all_reduce)
 
     def statistics(self) -> dict[str, Tensor]:
         """What was observed so far, for a checkpoint."""

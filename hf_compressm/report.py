@@ -17,7 +17,8 @@ class LayerReport:
         method: that reduced it; empty if it was left alone.
         energy_discarded: fraction of Σσ that was cut off.
         error_bound: H∞ bound of the error of the layer's map, ``2 Σ_{i>r} σ_i``; None where there is none.
-        relative_error: H₂ error of the layer's map, relative to its norm; None where it is not known.
+        relative_error: error of the layer's output relative to it: in the H₂ norm for a time-invariant layer, on
+            held-out inputs for a selective one; None where it is not known.
         hankel_singular_values: before the event, descending.
         note: why the layer was left alone, if it was.
     """
@@ -51,25 +52,30 @@ class CompressionEvent:
         """Numbers for a logger: sizes, and over the reduced layers the largest discarded energy and bound."""
         reduced = [layer for layer in self.layers if layer.after != layer.before]
         bounds = [layer.error_bound for layer in reduced if layer.error_bound is not None]
+        errors = [layer.relative_error for layer in reduced if layer.relative_error is not None]
         return {
             "compressm/total_state_size": sum(layer.after for layer in self.layers),
             "compressm/layers_reduced": len(reduced),
             "compressm/max_energy_discarded": max((layer.energy_discarded for layer in reduced), default=0.0),
-            "compressm/max_error_bound": max(bounds, default=0.0),
+            **({"compressm/max_error_bound": max(bounds)} if bounds else {}),
+            **({"compressm/max_relative_error": max(errors)} if errors else {}),
             "compressm/seconds": self.seconds,
             **{f"compressm/state_size/{layer.name}": layer.after for layer in self.layers},
         }
 
     def __str__(self) -> str:
         """One line."""
-        sizes = ", ".join(f"{layer.before}→{layer.after}" for layer in self.layers)
         summary = self.summary()
+        sizes = ", ".join(f"{layer.before}→{layer.after}" for layer in self.layers)
+        parts = [f"discarded at most {summary['compressm/max_energy_discarded']:.2%} of the Hankel singular values"]
+        for key, name in (("max_error_bound", "H∞ error"), ("max_relative_error", "relative error")):
+            if f"compressm/{key}" in summary:
+                parts.append(f"{name} at most {summary[f'compressm/{key}']:.3g}")
         where = "" if self.step is None else f"step {self.step}: "
         would = "would reduce" if self.dry_run else "reduced"
         return (
             f"{where}{would} {summary['compressm/layers_reduced']} of {len(self.layers)} layers, states {sizes}; "
-            f"discarded at most {summary['compressm/max_energy_discarded']:.2%} of the Hankel singular values, "
-            f"H∞ error at most {summary['compressm/max_error_bound']:.3g}, in {self.seconds:.2f} s"
+            f"{', '.join(parts)}, in {self.seconds:.2f} s"
         )
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "ops": set(),
     "surgery": set(),
     "models": {"ops", "surgery"},
-    "reducers": {"mor", "models", "surgery"},
+    "reducers": {"mor", "ops", "models", "surgery"},
     "param_groups": {"reducers"},
     "observation": {"reducers"},
     "search": set(),

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .balancing import Balancing
-from .refit import TokenMoments
 from .systems import promote
+
+_REFINEMENT_STEPS = 40
+_SMALLEST_GAIN = 1e-12  # of a swap, relative: below it is rounding
 
 
 @dataclass(frozen=True)
@@ -101,26 +103,35 @@ def instantaneous_sums(signals: SSDSignals, A: Tensor, stride: int = 1) -> dict[
 
 
 def select_states(M: Tensor, r: int) -> Tensor:
-    """Indices of `r` states to keep, ascending, by backward elimination.
+    """Indices of `r` states to keep, ascending, by backward elimination and swaps.
 
-    Always the state goes whose loss, given those gone already, raises the square error the least.
+    Always the state goes whose loss, given those gone already, raises the square error the least. Then a kept state
+    and one that is gone change places as long as that lowers it.
 
     Args:
         M: covariance of what the states put out (n, n), `E[w C_i C_j h_i h_j]`.
         r: 1 to n.
     """
     kept = torch.ones(len(M), dtype=torch.bool, device=M.device)
-    coupling = torch.zeros_like(M[0])
+    coupling = torch.zeros_like(M[0])  # of each state with all that are gone
     for _ in range(len(M) - r):
-        rise = M.diagonal() + 2 * coupling
-        gone = torch.where(kept, rise, torch.inf).argmin()
-        kept[gone] = False
-        coupling = coupling + M[gone]
+        i = torch.where(kept, M.diagonal() + 2 * coupling, torch.inf).argmin()
+        kept[i] = False
+        coupling = coupling + M[i]
+    for _ in range(len(M)):
+        leave, come = M.diagonal() + 2 * coupling, M.diagonal() - 2 * coupling
+        change = leave[:, None] + come - 2 * M
+        change = torch.where(kept[:, None] & ~kept, change, torch.inf)
+        i, j = divmod(int(change.argmin()), len(M))
+        if not change[i, j] < -_SMALLEST_GAIN * M.trace():
+            break
+        kept[i], kept[j] = False, True
+        coupling = coupling + M[i] - M[j]
     return kept.nonzero()[:, 0]
 
 
 def balanced_maps(balancings: list[Balancing], r: int) -> tuple[Tensor, Tensor]:
-    """Maps `W^T` and `V^T` (G, r, n) of the `r` leading balanced directions of each group, rows scaled to equal norms.
+    """Maps `W^T` and `V^T` (G, r, n) of the `r` leading balanced directions of each group.
 
     Rows beyond the numerical rank of a group are zero.
     """
@@ -130,30 +141,65 @@ def balanced_maps(balancings: list[Balancing], r: int) -> tuple[Tensor, Tensor]:
         rank = min(r, balancing.rank)
         if rank:
             W, V = balancing.projection(rank)
-            scale = (torch.linalg.vector_norm(V, dim=0) / torch.linalg.vector_norm(W, dim=0)).sqrt()
-            maps[0, group, :rank], maps[1, group, :rank] = (W * scale).mT, (V / scale).mT
+            maps[0, group, :rank], maps[1, group, :rank] = W.mT, V.mT
     return maps[0], maps[1]
 
 
-def ssd_token_moments(signals: SSDSignals, y: Tensor, A: Tensor, B_map: Tensor, stride: int = 1) -> list[TokenMoments]:
-    """What a refit of each group's map of C needs to know.
+def selected_maps(kept: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (r, n) of one group that keep the states `kept` (r,), and let those of C make up for the others.
+
+    The others are replaced by their linear regression on the kept ones, given the covariance `P` (n, n) of the states.
+    """
+    rows = torch.eye(len(P), dtype=P.dtype, device=P.device)[kept]
+    C_map = torch.linalg.lstsq(P[kept][:, kept], P[kept], driver="gelsd" if P.device.type == "cpu" else None).solution
+    C_map[:, kept] = rows[:, kept]
+    return rows, C_map
+
+
+def ssd_token_moments(signals: SSDSignals, A: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
+    """`C` (G, N, n) and `S = sum_p w h h^T` (G, N, n, n) of every `stride`-th token; float64."""
+    root = signals.weight.sqrt().unflatten(2, (signals.groups, -1)).flatten(3)
+    C, S = [], []
+    for t, h in ssd_states(signals, A, stride):
+        weighted = h * root[:, t, ..., None]
+        C.append(promote(signals.C[:, t], torch.float64))
+        S.append(promote(weighted.mT @ weighted, torch.float64))
+    return torch.cat(C).transpose(0, 1), torch.cat(S).transpose(0, 1)
+
+
+def refined_maps(
+    B_map: Tensor, C_map: Tensor, C: Tensor, S: Tensor, P: Tensor, Q: Tensor, shrinkage: float
+) -> tuple[Tensor, Tensor]:
+    """Minimise the square error of the output over both maps of one group by L-BFGS.
+
+    A token's squared error is `e . S e` with `e = C - B_map^T C_map C`. Balancing minimises its mean for independent C
+    and h; here they are what they are on a sample of tokens, of which there are few: the objective is shrunk towards
+    that of balancing.
 
     Args:
-        signals: of the layer before its reduction.
-        y: its outputs (batch, L, H, P).
-        A: (H,).
-        B_map: `W^T` (G, r, n).
-        stride: every how many time steps count.
+        B_map, C_map: where to start (r, n).
+        C, S: of the sample, (N, n) and (N, n, n).
+        P, Q: Gramians (n, n).
+        shrinkage: weight of the objective of balancing, 0 to 1.
     """
-    groups = signals.groups
-    reduced = SSDSignals(signals.x, signals.dt, apply_map(B_map, signals.B), signals.C, signals.weight)
-    weight, y = (part.unflatten(2, (groups, -1)).flatten(3) for part in (signals.weight, y))
-    found = []
-    for t, h in ssd_states(reduced, A, stride):
-        weighted = (h * weight[:, t, ..., None]).mT
-        found.append((signals.C[:, t], weighted @ h, (weighted @ y[:, t, ..., None])[..., 0]))
-    parts = [torch.cat(part) for part in zip(*found, strict=True)]
-    return [TokenMoments(*(part[:, group] for part in parts)) for group in range(groups)]
+    scale = P.diagonal().clamp_min(torch.finfo(P.dtype).eps * P.diagonal().max()).sqrt()
+    C, S, P, Q = C * scale, S / scale[:, None] / scale, P / scale[:, None] / scale, Q * scale[:, None] * scale
+    W, M = (B_map * scale).requires_grad_(), (C_map / scale).requires_grad_()
+    power = torch.einsum("tn,tnm,tm->", C, S, C), (P * Q).sum()
+    optimizer = torch.optim.LBFGS([W, M], max_iter=_REFINEMENT_STEPS, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        e = C - C @ M.mT @ W
+        sample = (e * (S @ e[..., None])[..., 0]).sum() / power[0]
+        rest = torch.eye(len(P), dtype=P.dtype, device=P.device) - W.mT @ M
+        total = (1 - shrinkage) * sample + shrinkage * ((P @ rest) * (rest @ Q)).sum() / power[1]
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return W.detach() / scale, M.detach() * scale
 
 
 def apply_map(map_: Tensor, vectors: Tensor) -> Tensor:

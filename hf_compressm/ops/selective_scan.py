@@ -3,8 +3,8 @@ r"""The selective scan of Mamba: a diagonal recurrence whose step size, input an
 $$h_t = e^{\Delta_t A} \odot h_{t-1} + \Delta_t u_t B_t, \qquad y_t = C_t \cdot h_t$$
 
 for each channel alone (Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv
-2312.00752, equation 2 with the discretisation of section 3.3's code: exact for A, Euler for B; without the skip
-connection). `selective_scan_reference` is the ground truth; `selective_scan` is the fast form with the same meaning.
+2312.00752, equation 2 with A discretised by equation 4 and, as in all implementations, B by its first order; without
+the skip connection). `selective_scan_reference` is the ground truth; `selective_scan` the fast form of the same.
 
 Shapes: `u, delta (batch, L, D)`, `A (D, n)`, `B, C (batch, L, n)`, `y (batch, L, D)`, states `(batch, D, n)`.
 """
@@ -16,10 +16,8 @@ import torch
 
 from ._common import check_arguments, state_dtype, zero_where_masked
 
-CHUNK_SIZE = 32
-BLOCK_STATES = 1 << 15  # states that a CPU thread advances at once
-
-CONTIGUOUS = {"memory_format": torch.contiguous_format}
+CHUNK_SIZE = 16
+BLOCK_STATES = 1 << 15  # states that a CPU thread advances at once; a chunk of them should stay in its caches
 
 
 def selective_scan_reference(
@@ -115,31 +113,43 @@ def _blocks(batch: int, n: int, channels: int, device: torch.device) -> Iterator
 
 
 class _Block:
-    """The recurrence on a slice of the sequences and of the channels.
+    """The states of a slice of the sequences and of the channels, over the steps of one chunk."""
 
-    Every pass over the states is made step by step, while the states of the step are in the cache.
-    """
-
-    def __init__(self, u, delta, A, B, C, rows: slice, columns: slice):
+    def __init__(self, u, delta, A, B, C, rows: slice, columns: slice, chunk_size: int):
         self.sources = (u[rows, :, columns], delta[rows, :, columns], B[rows], C[rows])
         self.A = A[:, columns].contiguous()
+        self.dtype = A.dtype
         self.rates = self.A * math.log2(math.e)  # exp2 costs a third of exp
-        self.shape = (self.sources[0].shape[0], *self.A.shape)  # of a state
+        steps = min(chunk_size, u.shape[1])
+        shape = (u[rows].shape[0], *self.A.shape)
+        self.decays = A.new_empty(steps, *shape)
+        self.states = A.new_empty(steps + 1, *shape)  # with the state before the first step
+        self.decay, self.state = self.decays.unbind(0), self.states.unbind(0)
 
     def steps(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Time steps `start:stop` of `x (sequences, L, d)`, time first: (steps, sequences, 1, d)."""
-        return x[:, start:stop, None].transpose(0, 1).to(dtype=self.A.dtype, memory_format=torch.contiguous_format)
+        """Time steps `start:stop` of `x (sequences, L, …)`, contiguous and time first."""
+        return x[:, start:stop].transpose(0, 1).to(dtype=self.dtype, memory_format=torch.contiguous_format)
 
-    def load(self, start: int, stop: int) -> None:
+    def run(self, start: int, stop: int) -> None:
+        """Advance from `state[0]` over `start:stop`; leaves the inputs of these steps in `u`, `delta`, `B` and `C`."""
+        count = stop - start
         self.u, self.delta, self.B, self.C = (self.steps(x, start, stop) for x in self.sources)
         self.driven = self.delta * self.u
-        self.delta_at, self.driven_at = self.delta.unbind(0), self.driven.unbind(0)
-        self.B_at = self.B.transpose(2, 3).unbind(0)
+        torch.mul(self.delta[:, :, None], self.rates, out=self.decays[:count]).exp2_()
+        torch.mul(self.driven[:, :, None], self.B[..., None], out=self.states[1 : count + 1])
+        for k in range(count):
+            self.state[k + 1].addcmul_(self.decay[k], self.state[k])
 
-    def advance(self, k: int, decay: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Write the decay and the state of loaded step `k`; the state may replace the one before it."""
-        torch.mul(self.delta_at[k], self.rates, out=decay).exp2_()
-        torch.mul(decay, before, out=after).addcmul_(self.driven_at[k], self.B_at[k])
+
+def _over_n(vectors: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Sum over n of `vectors (steps, b, n)` times `states (steps, b, n, d)`: (steps, b, d)."""
+    return torch.bmm(vectors.flatten(0, 1)[:, None], states.flatten(0, 1)).view(*states.shape[:2], -1)
+
+
+def _over_channels(vectors: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Sum over d of `vectors (steps, b, d)` times `states (steps, b, n, d)`, batch first: (b, steps, n)."""
+    sums = torch.bmm(vectors.flatten(0, 1)[:, None], states.flatten(0, 1).transpose(1, 2))
+    return sums.view(*states.shape[:3]).transpose(0, 1)
 
 
 @torch.library.custom_op("hf_compressm::selective_scan", mutates_args=())
@@ -157,18 +167,15 @@ def _scan(
     batch, length, channels = u.shape
     with torch.autocast(u.device.type, enabled=False):
         for rows, columns in _blocks(batch, A.shape[0], channels, u.device):
-            block = _Block(u, delta, A, B, C, rows, columns)
-            state = A.new_zeros(block.shape) if h0 is None else h0[rows, :, columns].clone(**CONTIGUOUS)
-            decay = torch.empty_like(state)
+            block = _Block(u, delta, A, B, C, rows, columns, chunk_size)
+            state = block.state[0]
+            state.zero_() if h0 is None else state.copy_(h0[rows, :, columns])
             for c, start in enumerate(range(0, length, chunk_size)):
                 stop = min(start + chunk_size, length)
                 borders[c, rows, :, columns] = state
-                block.load(start, stop)
-                out = torch.empty_like(block.u)
-                for k, (C_k, out_k) in enumerate(zip(block.C.unbind(0), out.unbind(0), strict=True)):
-                    block.advance(k, decay, state, state)
-                    torch.bmm(C_k, state, out=out_k)
-                y[rows, start:stop, columns] = out.squeeze(2).transpose(0, 1)
+                block.run(start, stop)
+                y[rows, start:stop, columns] = _over_n(block.C, block.states[1 : stop - start + 1]).transpose(0, 1)
+                state.copy_(block.state[stop - start])
             h_last[rows, :, columns] = state
     return y, h_last, borders
 
@@ -201,64 +208,35 @@ def _scan_backward(
     dB_sum, dC_sum = A.new_zeros(B.shape), A.new_zeros(C.shape)
     with torch.autocast(u.device.type, enabled=False):
         for rows, columns in _blocks(batch, A.shape[0], channels, u.device):
-            block = _Block(u, delta, A, B, C, rows, columns)
-            chunk = _AdjointChunk(block, min(chunk_size, length))
-            adjoint = dh_last[rows, :, columns].clone(**CONTIGUOUS)
+            block = _Block(u, delta, A, B, C, rows, columns, chunk_size)
+            dy_block = dy[rows, :, columns]
+            adjoints = torch.empty_like(block.decays)
+            g = adjoints.unbind(0)
+            carry = dh_last[rows, :, columns].clone(memory_format=torch.contiguous_format)
             for c in reversed(range(borders.shape[0])):
                 start, stop = c * chunk_size, min((c + 1) * chunk_size, length)
-                block.load(start, stop)
-                dy_steps = block.steps(dy[rows, :, columns], start, stop)
-                parts = chunk.run(adjoint, borders[c, rows, :, columns], dy_steps)
-                ddriven, ddelta_direct, dA_part, dB_part, dC_part = parts
+                count = stop - start
+                block.state[0].copy_(borders[c, rows, :, columns])
+                block.run(start, stop)
+                states, decays = block.states[: count + 1], block.decays[:count]
+                dy_steps = block.steps(dy_block, start, stop)
+                chunk = torch.mul(dy_steps[:, :, None], block.C[..., None], out=adjoints[:count])
+                g[count - 1].add_(carry)
+                for k in reversed(range(count - 1)):
+                    g[k].addcmul_(block.decay[k + 1], g[k + 1])
+                torch.mul(block.decay[0], g[0], out=carry)
+                dC_sum[rows, start:stop] += _over_channels(dy_steps, states[1:])
+                dB_sum[rows, start:stop] += _over_channels(block.driven, chunk)
+                ddriven = _over_n(block.B, chunk)
                 here = (rows, slice(start, stop), columns)
-                torch.mul(ddriven, block.delta, out=du[here].transpose(0, 1)[:, :, None])
-                torch.addcmul(ddelta_direct, ddriven, block.u, out=ddelta[here].transpose(0, 1)[:, :, None])
-                dA[:, columns] += dA_part
-                dB_sum[rows, start:stop] += dB_part.squeeze(2).transpose(0, 1)
-                dC_sum[rows, start:stop] += dC_part.squeeze(2).transpose(0, 1)
-            dh0[rows, :, columns] = adjoint
+                torch.mul(ddriven, block.delta, out=du[here].transpose(0, 1))
+                dlog = chunk.mul_(states[:-1]).mul_(decays)  # of delta_t A, channel by channel
+                dA[:, columns] += torch.mul(dlog, block.delta[:, :, None], out=decays).sum((0, 1))
+                torch.addcmul(dlog.mul_(block.A).sum(2), ddriven, block.u, out=ddelta[here].transpose(0, 1))
+            dh0[rows, :, columns] = carry
     dB.copy_(dB_sum)
     dC.copy_(dC_sum)
     return du, ddelta, dA, dB, dC, dh0
-
-
-class _AdjointChunk:
-    """The steps of one chunk of a block, forward to recompute the states and back with their adjoints."""
-
-    def __init__(self, block: _Block, size: int):
-        self.block = block
-        self.decays = block.A.new_empty(size, *block.shape).unbind(0)
-        self.states = block.A.new_empty(size + 1, *block.shape).unbind(0)  # with the state before the first step
-        self.dA = block.A.new_empty(block.shape)
-
-    def run(
-        self, adjoint: torch.Tensor, before: torch.Tensor, dy: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Take `adjoint`, of the state after the loaded steps, back to that of the state `before` them.
-
-        Returns the gradients of delta u and, in the decay alone, of delta, both (steps, sequences, 1, d), of A (n, d),
-        and of B and C (steps, sequences, 1, n).
-        """
-        block, decays, states = self.block, self.decays, self.states
-        count = dy.shape[0]
-        dB, dC, ddriven, ddelta = (torch.empty_like(x) for x in (block.B, block.C, dy, dy))
-        states[0].copy_(before)
-        dy_at, dC_at = dy.unbind(0), dC.unbind(0)
-        for k in range(count):
-            block.advance(k, decays[k], states[k], states[k + 1])
-            torch.bmm(dy_at[k], states[k + 1].transpose(1, 2), out=dC_at[k])
-        C_at = block.C.transpose(2, 3).unbind(0)
-        B_rows, dB_at, ddriven_at, ddelta_at = (x.unbind(0) for x in (block.B, dB, ddriven, ddelta))
-        self.dA.zero_()
-        for k in reversed(range(count)):
-            adjoint.addcmul_(dy_at[k], C_at[k])
-            torch.bmm(block.driven_at[k], adjoint.transpose(1, 2), out=dB_at[k])
-            torch.bmm(B_rows[k], adjoint, out=ddriven_at[k])
-            adjoint.mul_(decays[k])
-            dlog = states[k].mul_(adjoint)  # of delta A; this state is not needed again
-            self.dA.addcmul_(dlog, block.delta_at[k])
-            torch.sum(dlog.mul_(block.A), 1, keepdim=True, out=ddelta_at[k])
-        return ddriven, ddelta, self.dA.sum(0), dB, dC
 
 
 @_scan_backward.register_fake

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ._common import check_arguments, state_dtype, zero_where_masked
 
 CHUNK_SIZE = 64
-BLOCK_NUMBERS = 1 << 18  # numbers per temporary of a CPU thread: several of them fit the caches together
+BLOCK_NUMBERS = 1 << 19  # numbers in the largest temporary of a CPU thread; several should stay in its caches
 
 
 def ssd_scan_reference(
@@ -318,7 +318,7 @@ def _adjoint(
     weights = tiles.by_group(tiles.between) * scores
     flat = weights.flatten(0, 2)
     ddriven = torch.bmm(flat.transpose(1, 2), dy_heads.flatten(0, 1)).view(dy_heads.shape)
-    ddriven = torch.addcmul(ddriven, tiles.split(dinputs).flatten(1, 2), tiles.to_end[..., None])
+    tiles.by_group(ddriven).addcmul_(tiles.split(dinputs), tiles.by_group(tiles.to_end)[..., None])
     torch.bmm(dy_heads.flatten(0, 1), tiles.driven.flatten(0, 1).transpose(1, 2), out=flat)
     dscores = weights.mul_(tiles.by_group(tiles.between)).sum(2).flatten(0, 1)
     dC.baddbmm_(dscores, tiles.B)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..mor import Spectrum
 from ..surgery import GradientMap, resize_parameter_
@@ -53,6 +54,9 @@ class StateReducer(ABC):
     uniform: bool = False
     """Whether the model class has one state size for all layers."""
 
+    sample_offset: int = 0
+    """Distinguishes the random numbers of data-parallel ranks."""
+
     def __init__(self, module: nn.Module, method: str = "auto", seed: int = 0):
         if method not in ("auto", *self.methods):
             raise ValueError(
@@ -66,6 +70,11 @@ class StateReducer(ABC):
     @abstractmethod
     def state_size(self) -> int:
         """Present number of states."""
+
+    @property
+    def observed(self) -> bool:
+        """Whether anything was observed, where that is needed."""
+        return not self.needs_observation
 
     def observe(self, args: tuple, kwargs: dict) -> None:
         """Take note of one forward pass of the layer, given its inputs; only called if `needs_observation`."""
@@ -109,6 +118,20 @@ class StateReducer(ABC):
         for name, value in reduction.parameters.items():
             resize_parameter_(self.module.get_parameter(name), value)
 
+    @staticmethod
+    def stored_size(module: nn.Module, weights: dict[str, Tensor]) -> int | None:
+        """State size of the weights in a checkpoint; None for layers that resize themselves when they load them."""
+        return None
+
+    def restore(self, state_size: int, weights: dict[str, Tensor]) -> None:
+        """Go back to a former size and a former `state_dict` of the layer."""
+        self.resize(state_size)
+        self.module.load_state_dict(weights)
+
+    def sync_config(self, config: PreTrainedConfig) -> None:
+        """Write the size into the model's config, for layers that hold no reference to it; the others have done so."""
+        return None
+
 
 _REDUCERS: dict[type[nn.Module], type[StateReducer]] = {}
 
@@ -132,6 +155,23 @@ def find_reducible(model: nn.Module) -> dict[str, tuple[nn.Module, type[StateRed
                 found[name] = (module, _REDUCERS[cls])
                 break
     return found
+
+
+def allow_other_sizes(model: nn.Module) -> None:
+    """Let `load_state_dict` bring other state sizes into stock layers, as our own layers let it: for resumed runs."""
+
+    def allow(module: nn.Module, reducer_class: type[StateReducer]) -> None:
+        def resize(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+            weights = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
+            reducer, size = reducer_class(module), reducer_class.stored_size(module, weights)
+            if size is not None and size != reducer.state_size:
+                reducer.resize(size)
+
+        module.register_load_state_dict_pre_hook(resize)
+
+    for module, reducer_class in find_reducible(model).values():
+        if reducer_class.stored_size is not StateReducer.stored_size and not module._load_state_dict_pre_hooks:
+            allow(module, reducer_class)
 
 
 def supported_layers() -> list[str]:

@@ -21,7 +21,7 @@ from ..mor import (
     state_gramian,
 )
 from ..surgery import GradientMap, resize_parameter_
-from .base import Reduction, register_reducer
+from .base import Reduction, StateReducer, register_reducer
 from .observing import ObservingReducer, causal_convolution, linear
 
 # States per forward pass that enter the Gramians. Beyond that a share of the channels does, others in the next pass.
@@ -105,6 +105,10 @@ class MambaReducer(ObservingReducer):
         resize_parameter_(m.x_proj.weight, m.x_proj.weight.new_zeros(m.x_proj.out_features, m.intermediate_size))
         resize_parameter_(m.A_log, m.A_log.new_zeros(m.intermediate_size, states))
 
+    @staticmethod
+    def stored_size(module: MambaMixer, weights: dict[str, Tensor]) -> int | None:
+        return weights["A_log"].shape[1] if "A_log" in weights else None
+
     def _gramians(self) -> tuple[Tensor, Tensor]:
         terms = self._sums["terms"].clamp_min(1)
         return self._sums["P"] / terms, self._sums["Q"] / terms
@@ -132,6 +136,7 @@ class ReducibleMambaReducer(MambaReducer):
     """The same for layers that may differ in their state sizes."""
 
     uniform = False
+    stored_size = staticmethod(StateReducer.stored_size)
 
     def resize(self, states: int) -> None:
         self.module.resize_state(states)

@@ -1,6 +1,7 @@
 """Mamba-2 (SSD) layers, stock and reducible: selective, with a scalar state matrix per head."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,21 +19,22 @@ from ..mor import (
     apply_map,
     balance,
     balanced_maps,
-    centred_refit,
     instantaneous_sums,
     promote,
+    refined_maps,
     select_states,
+    selected_maps,
     ssd_token_moments,
 )
 from ..ops import ssd_scan
 from ..surgery import GradientMap, resize_parameter_
-from .base import Reduction, register_reducer
+from .base import Reduction, StateReducer, register_reducer
 from .observing import ObservingReducer, causal_convolution, linear
 
 # States per forward pass that enter the Gramians. Beyond that only every second, third, ... time step does.
 _STATES_PER_PASS = 2**26
-_FIT_STRIDE = 4  # every how many tokens a refit looks at: neighbours say much the same
-_RIDGES = [10.0, 1.0, 0.1]
+_MOMENT_ELEMENTS = 2**23  # of the moments that a refinement keeps; beyond that not of all tokens
+_SHRINKAGES = [0.5, 0.1]
 
 
 @dataclass(frozen=True)
@@ -93,20 +95,24 @@ def mamba2_layer(mixer: Mamba2Mixer, hidden: Tensor, mask: Tensor | None, counts
     dt = F.softplus(dt + mixer.dt_bias.to(dtype)).clamp(*mixer.time_step_limit)
     A = -torch.exp(mixer.A_log.to(dtype))
     y, _ = ssd_scan(x, dt, A, B, C, mask=mask)
-    weight = _output_weight(mixer, y + mixer.D.to(dtype)[:, None] * x, gate)
+    weight = _output_weight(mixer, y, x, gate)
     if counts is not None:
         weight = weight * counts[..., None, None]
     return _Layer(SSDSignals(x, dt, B, C, weight, mask), A, y)
 
 
-def _output_weight(mixer: Mamba2Mixer, y: Tensor, gate: Tensor) -> Tensor:
-    """Squared gain from an output `y` (batch, L, H, P) of the scan to the output of the mixer."""
-    gain = F.silu(gate)
-    gated = (y.flatten(2) * gain).unflatten(-1, (-1, mixer.norm.group_size))
-    size = gated.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon
+def _output_weight(mixer: Mamba2Mixer, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """Squared gain (batch, L, H, P) from an output `y` of the scan to the output of the mixer.
+
+    The normalisation counts by its present size; or by that of the scan's part, where scan and feedthrough nearly
+    cancel: what changes the direction there can change it no more than once.
+    """
+    gain = F.silu(gate).unflatten(-1, y.shape[2:])
+    whole, part = ((gain * f).flatten(2).square() for f in (y + mixer.D.to(y.dtype)[:, None] * x, y))
+    sizes = [f.unflatten(-1, (-1, mixer.norm.group_size)).mean(-1, keepdim=True) for f in (whole, part)]
+    size = torch.maximum(*sizes) + mixer.norm.variance_epsilon
     column = mixer.out_proj.weight.to(y.dtype).square().sum(0) * mixer.norm.weight.to(y.dtype).square()
-    weight = gain.square() * column / size.expand_as(gated).flatten(2)
-    return weight.unflatten(-1, (mixer.num_heads, -1))
+    return gain.square() * (column.view(-1, mixer.norm.group_size) / size).view_as(y)
 
 
 @register_reducer(Mamba2Mixer)
@@ -138,9 +144,7 @@ class Mamba2Reducer(ObservingReducer):
     def spectrum(self) -> Spectrum:
         """The Hankel singular values of the layer; with several groups root sums of squares of theirs."""
         self._require_observation()
-        sums = self._sums
-        P, Q = sums["P"] / sums["states"].clamp_min(1), sums["Q"] / sums["tokens"].clamp_min(1)
-        self._balancings = [balance(*gramians) for gramians in zip(P, Q, strict=True)]
+        self._balancings = [balance(*gramians) for gramians in zip(*self._gramians(), strict=True)]
         return Spectrum(self._hsv, self.state_size)
 
     @torch.no_grad()
@@ -161,6 +165,16 @@ class Mamba2Reducer(ObservingReducer):
         for name, rows in (("in_proj", m.in_proj.out_features), ("conv1d", m.conv_dim)):
             for param in m.get_submodule(name).parameters():
                 resize_parameter_(param, param.new_zeros(rows, *param.shape[1:]))
+
+    def _gramians(self) -> tuple[Tensor, Tensor]:
+        """P and Q of each group, (G, n, n)."""
+        sums = self._sums
+        return sums["P"] / sums["states"].clamp_min(1), sums["Q"] / sums["tokens"].clamp_min(1)
+
+    @staticmethod
+    def stored_size(module: Mamba2Mixer, weights: dict[str, Tensor]) -> int | None:
+        conv = weights.get("conv1d.weight")
+        return None if conv is None else (len(conv) - module.intermediate_size) // (2 * module.n_groups)
 
     @property
     def _hsv(self) -> Tensor:
@@ -210,12 +224,13 @@ class Mamba2Reducer(ObservingReducer):
 class ReducibleMamba2Reducer(Mamba2Reducer):
     """Balanced truncation, by two maps per group after convolution and nonlinearity; or selection, as in stock layers.
 
-    The map of C is refitted by least squares of the output where that helps on held-out inputs. A layer that has maps
-    already gets the product of old and new ones.
+    Besides balancing, selection with compensation and refinements of both are tried, and the least error on held-out
+    inputs decides. A layer that has maps already gets the product of old and new ones.
     """
 
     methods = ("balanced", "selection")
     uniform = False
+    stored_size = staticmethod(StateReducer.stored_size)
 
     def resize(self, states: int) -> None:
         self.module.resize_state(states)
@@ -231,22 +246,41 @@ class ReducibleMamba2Reducer(Mamba2Reducer):
         return self._select(states) if self.method == "selection" else self._balance(states)
 
     def _balance(self, states: int) -> Reduction:
+        """For each group the candidate with the least held-out error."""
         states = min(states, max(1, *(balancing.rank for balancing in self._balancings)))
-        B_map, C_map = balanced_maps(self._balancings, states)
-        C_map, errors = self._refit(B_map, C_map)
-        parameters, maps = self._mapped(B_map, C_map)
-        return self._reduction(states, parameters, maps, "balanced", errors)
+        held_out = self._parts[1]
+        best, least, methods = None, None, [""] * self.module.n_groups
+        for method, B_map, C_map in self._candidates(states):
+            errors = held_out.errors(B_map, C_map).nan_to_num(nan=math.inf)
+            better = torch.ones_like(errors, dtype=torch.bool) if best is None else errors < least
+            choice = better[:, None, None]
+            best = (B_map, C_map) if best is None else tuple(map(torch.where, (choice,) * 2, (B_map, C_map), best))
+            least = errors if least is None else torch.minimum(errors, least)
+            methods = [method if new else old for new, old in zip(better.tolist(), methods, strict=True)]
+        parameters, maps = self._mapped(*_equal_norms(*best))
+        return self._reduction(states, parameters, maps, "+".join(sorted(set(methods))), least)
 
-    def _refit(self, B_map: Tensor, C_map: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of C with the least held-out error for each group, as it is or refitted, and these errors."""
-        fit, held_out = self._parts
-        moments = ssd_token_moments(fit.signals, fit.y, fit.A, B_map, _FIT_STRIDE)
-        refits = [centred_refit(*group, _RIDGES) for group in zip(moments, C_map, strict=True)]
-        tries = [C_map, *(torch.stack(maps) for maps in zip(*refits, strict=True))]
-        errors = torch.stack([held_out.errors(B_map, each) for each in tries])
-        best = errors.nan_to_num(nan=math.inf).argmin(0)
-        chosen = torch.stack([tries[k][group] for group, k in enumerate(best.tolist())])
-        return chosen, errors.amin(0)
+    def _candidates(self, states: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Names and maps (G, r, n) of B and C: two projections, and what comes of refining each on a sample."""
+        P, Q = self._gramians()
+        kept = [select_states(M, states) for M in self._sums["M"]]
+        rows = torch.eye(self.state_size, dtype=P.dtype, device=P.device)[torch.stack(kept)]
+        yield "selection", rows, rows
+        compensated = torch.stack([selected_maps(*group)[1] for group in zip(kept, P, strict=True)])
+        starts = {"balanced": balanced_maps(self._balancings, states), "compensated": (rows, compensated)}
+        for method, maps in starts.items():
+            yield method, *maps
+            if states < self.state_size:
+                for shrinkage in _SHRINKAGES:
+                    groups = zip(*maps, *self._moments, P, Q, strict=True)
+                    refined = [refined_maps(*group, shrinkage) for group in groups]
+                    yield f"{method}-refined", *(torch.stack(maps) for maps in zip(*refined, strict=True))
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        fit = self._parts[0]
+        elements = fit.y.shape[0] * fit.y.shape[1] * self.module.n_groups * self.state_size**2
+        return ssd_token_moments(fit.signals, fit.A, math.ceil(elements / _MOMENT_ELEMENTS))
 
     def _selected(self, kept: Tensor) -> tuple[dict[str, Tensor], list[GradientMap]]:
         if self.module.B_map is None:
@@ -263,3 +297,10 @@ class ReducibleMamba2Reducer(Mamba2Reducer):
         # gradients are dual to weights; a map of its own for each group is beyond a gradient map of one dimension
         maps = [GradientMap(("B_map",), 1, C_map[0]), GradientMap(("C_map",), 1, B_map[0])]
         return {"B_map": B_map @ old_B, "C_map": C_map @ old_C}, maps if m.n_groups == 1 else []
+
+
+def _equal_norms(B_map: Tensor, C_map: Tensor) -> tuple[Tensor, Tensor]:
+    """The maps with the free scale of each state such that its rows for B and C have one norm."""
+    norm_B, norm_C = (torch.linalg.vector_norm(map_, dim=2, keepdim=True) for map_ in (B_map, C_map))
+    scale = torch.where((norm_B > 0) & (norm_C > 0), norm_C / norm_B, 1).sqrt()
+    return B_map * scale, C_map / scale

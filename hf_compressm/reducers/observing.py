@@ -24,16 +24,12 @@ class ObservingReducer(StateReducer):
     """Keeps sums over all tokens seen, whose size is that of the state squared, and a bounded sample of inputs.
 
     Sequences of the sample alternate between those to fit on and those held out. One observed alone is split in time.
-
-    Attributes:
-        sample_offset: distinguishes the random numbers of data-parallel ranks.
     """
 
     needs_observation = True
 
     def __init__(self, module: nn.Module, method: str = "auto", seed: int = 0):
         super().__init__(module, method, seed)
-        self.sample_offset = 0
         self._sums: dict[str, Tensor] = {}
         self._samples: list[Tensor] = []
         self._passes = 0
@@ -41,6 +37,10 @@ class ObservingReducer(StateReducer):
     @property
     def state_size(self) -> int:
         return self.module.ssm_state_size
+
+    @property
+    def observed(self) -> bool:
+        return bool(self._sums and self._samples)
 
     @abstractmethod
     def _accumulate(self, hidden: Tensor, mask: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
@@ -51,8 +51,7 @@ class ObservingReducer(StateReducer):
 
     @torch.no_grad()
     def observe(self, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        mask = _padding_mask(hidden, args, kwargs)
+        hidden, mask = _sequences(args, kwargs)
         generator = torch.Generator().manual_seed(self._noise_seed())
         rows = max(1, _PASS_ELEMENTS // max(1, hidden.shape[1] * self.module.intermediate_size))
         with torch.autocast(hidden.device.type, enabled=False):
@@ -89,7 +88,7 @@ class ObservingReducer(StateReducer):
             all_reduce(self._sums[name])
 
     def _require_observation(self) -> None:
-        if not self._sums or not self._samples:
+        if not self.observed:
             raise ArithmeticError(
                 "Expected the layer to have been observed; found no forward pass with at least one token. Pass "
                 "calibration batches, or reduce after some training steps."
@@ -125,15 +124,27 @@ class ObservingReducer(StateReducer):
         return parts
 
 
-def _padding_mask(hidden: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
-    """The mask (batch, L) of real tokens in the arguments of a stock or a reducible mixer; None if all are real."""
+def _sequences(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
+    """Inputs of a stock or a reducible mixer as sequences that start with no state: (batch, L, hidden_size), and the
+    mask (batch, L) of real tokens, None if all are real. Rows that pack several sequences are taken apart."""
+    hidden = args[0] if args else kwargs["hidden_states"]
     mask = kwargs.get("token_mask")
     if mask is None:
         mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
-    if mask is None:
-        return None
-    mask = mask[:, -hidden.shape[1] :].to(device=hidden.device, dtype=torch.bool)
-    return None if mask.all() else mask
+    if mask is not None:
+        mask = mask[:, -hidden.shape[1] :].to(device=hidden.device, dtype=torch.bool)
+    packed = kwargs.get("seq_idx")
+    if packed is not None:
+        real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask
+        hidden, mask = (_unpack(rows, packed) for rows in (hidden, real))
+    return hidden, None if mask is None or mask.all() else mask
+
+
+def _unpack(rows: Tensor, packed: Tensor) -> Tensor:
+    """The sequences of `rows` (batch, L, ...), of which `packed` (batch, L) holds the numbers, each in its own row."""
+    borders = [(numbers.diff() != 0).nonzero()[:, 0].cpu() + 1 for numbers in packed]
+    parts = [part for row, border in zip(rows, borders, strict=True) for part in row.tensor_split(border)]
+    return pad_sequence(parts, batch_first=True)
 
 
 def causal_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:

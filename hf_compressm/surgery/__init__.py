@@ -1,6 +1,14 @@
 """In-place changes of shape under a live training run: parameters, optimizer state, data-parallel replicas."""
 
-from .optimizer import GradientMap, carry_state, check_optimizer, drop_stale_state, reset_state, unwrap_optimizer
+from .optimizer import (
+    GradientMap,
+    adopt_parameters,
+    carry_state,
+    check_optimizer,
+    drop_stale_state,
+    reset_state,
+    unwrap_optimizer,
+)
 from .parameters import resize_parameter_
 from .preconditions import UnsupportedSetupError, check_model
 from .replicas import broadcast_from_main, check_replicas_equal, find_replicas, rebuild_reducer
@@ -8,6 +16,7 @@ from .replicas import broadcast_from_main, check_replicas_equal, find_replicas, 
 __all__ = [
     "GradientMap",
     "UnsupportedSetupError",
+    "adopt_parameters",
     "broadcast_from_main",
     "carry_state",
     "check_model",

@@ -199,6 +199,29 @@ def _store(states: list[dict], key: str, tensors: list[Tensor]) -> None:
         state[key] = tensor.to(device=state[key].device, dtype=state[key].dtype).contiguous()
 
 
+def adopt_parameters(optimizer: Optimizer | None, model: nn.Module, module: nn.Module) -> None:
+    """Give new parameters of `module` to the optimizer, in the group of the module's other matrices.
+
+    They take the place that an optimizer made from the present `model` would give them: states are saved by position,
+    and a resumed run builds its optimizer anew.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    if optimizer is None:
+        return
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    new = [p for p in module.parameters() if p.requires_grad and id(p) not in group_of]
+    siblings = [p for p in module.parameters() if id(p) in group_of]
+    if not new or not siblings:
+        return  # a frozen layer stays out of the optimizer
+    group = group_of[id(max(siblings, key=torch.Tensor.numel))]
+    position = {id(p): index for index, p in enumerate(model.parameters())}
+    in_order = sorted(group["params"], key=lambda p: position[id(p)])
+    ordered = all(a is b for a, b in zip(in_order, group["params"], strict=True))
+    group["params"].extend(new)
+    if ordered:
+        group["params"].sort(key=lambda p: position[id(p)])
+
+
 def drop_stale_state(optimizer: Optimizer | None) -> int:
     """Drop the state of parameters whose shape it does not fit, as after loading weights of other sizes.
 

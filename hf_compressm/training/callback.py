@@ -7,12 +7,14 @@ import weakref
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..compression import check_support, compress_once, observe, resolve_config
+from ..compression import check_support, compress_once, observe, resolve_config, sync_config
 from ..config import CompressionConfig
+from ..reducers import allow_other_sizes
 from ..report import CompressionEvent, CompressionReport
 from ..surgery import UnsupportedSetupError, drop_stale_state, find_replicas, rebuild_reducer
 from .calibration import Calibration
@@ -67,8 +69,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         callback.report = CompressionReport.from_dict(state["attributes"]["report"])
         return callback
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_init_end(self, args, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs):
         self._find_trainer(state)
+        allow_other_sizes(model)  # checkpoints are loaded before training begins
 
     def on_train_begin(
         self,
@@ -83,6 +86,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._find_trainer(state)
         self._check_arguments(args)
         check_support(model, self.config, optimizer)
+        sync_config(model)
         self._events = self.config.events(state.max_steps)
         self._restore(state)
         self._calibration = self._begin_calibration(model)
@@ -138,6 +142,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ):
         if self._calibration is not None:
             self._calibration.stop()
+        sync_config(model)
         # load_best_model_at_end may just have brought back other sizes
         if drop_stale_state(optimizer):
             for replica in find_replicas(model):

@@ -572,9 +572,11 @@ def test_trainer_resumes_into_another_size(make_reducible, tokens, family, tmp_p
         rows = [{"input_ids": row, "labels": row} for row in tokens]
         options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_steps": 2, "max_steps": steps}
         arguments = TrainingArguments(tmp_path, per_device_train_batch_size=2, **options)
-        return Trainer(model=model, args=arguments, train_dataset=rows)
+        return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
 
-    trainer(make_reducible(family), 2).train()
+    first = trainer(make_reducible(family), 2)
+    first.train()
+    assert first.predict(first.eval_dataset).predictions.shape == (3, 11, 32)  # logits alone, no cache
     other = make_reducible(family, per_layer_config=None)
     trainer(other, 3).train(resume_from_checkpoint=get_last_checkpoint(tmp_path))
     assert layer_state_sizes(other.config) == [5, 8, 3]

@@ -11,6 +11,7 @@ from hf_compressm.mor import (
     EnergyTolerance,
     RankRule,
     ReductionFraction,
+    RelativeError,
     Spectrum,
     TargetStateSize,
     apply_constraints,
@@ -236,3 +237,18 @@ def test_uniform_takes_the_largest_for_all():
     assert apply_constraints([5, 63, 17], spectra, uniform=True) == [64, 64, 64]
     assert apply_constraints([5, 63, 17], spectra) == [5, 64, 17]
     assert apply_constraints([], [], uniform=True) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_relative_error_keeps_the_smallest_order_that_fits(seed):
+    spectra = random_spectra(seed)
+    for error in (1e-6, 1e-3, 0.05, 0.5):
+        for spectrum, size in zip(spectra, RelativeError(error)(spectra), strict=True):
+            squares = spectrum.hsv.square()
+            fits = [r for r in range(len(squares) + 1) if squares[r:].sum() <= error * squares.sum()]
+            assert size == spectrum.size_for(fits[0])
+
+
+def test_relative_error_leaves_unreadable_layers_alone():
+    for spectrum in UNREADABLE.values():
+        assert RelativeError(0.5)([spectrum]) == [spectrum.state_size]

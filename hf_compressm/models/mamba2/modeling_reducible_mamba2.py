@@ -147,8 +147,8 @@ class ReducibleMamba2Mixer(NoWeightDecayMixin, Mamba2Mixer):
 
         if packed := [name for name in ("seq_idx", "cu_seqlens") if kwargs.get(name) is not None]:
             raise ValueError(
-                f"expected no packed sequences, found {packed[0]}: only the fused training kernel of mamba-ssm keeps them "
-                "apart, on a GPU, in layers without maps and in batches without padding"
+                f"expected no packed sequences, found {packed[0]}: only the fused training kernel of mamba-ssm keeps "
+                "them apart, on a GPU, in layers without maps and in batches without padding"
             )
         gate, xBC, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         xBC = causal_convolution(self, xBC.transpose(1, 2), mask, cache_params, causal_conv1d_fn)
