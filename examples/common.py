@@ -21,7 +21,8 @@ from transformers import (
 
 from hf_compressm import CompressionConfig
 
-MODEL_TYPES = ["mimo_ssm"]
+MODEL_TYPES = ["mimo_ssm", "mamba", "mamba2", "reducible_mamba", "reducible_mamba2"]
+HEAD_DIM = 32  # of Mamba-2
 
 
 @dataclass
@@ -63,6 +64,8 @@ class ModelArguments:
                 f"found {len(self.state_size)}."
             )
         sizes = {"hidden_size": self.hidden_size, "num_hidden_layers": self.num_hidden_layers}
+        if self.model_type.endswith("mamba2"):  # whose heads have to fill the inner width
+            sizes |= {"head_dim": HEAD_DIM, "num_heads": 2 * self.hidden_size // HEAD_DIM, "n_groups": 1}
         try:
             return AutoConfig.for_model(self.model_type, **sizes | fields | overrides)
         except StrictDataclassError as error:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -264,7 +265,8 @@ class _Planner:
         plans = {n: _Plan(LayerReport(n, r.state_size, r.state_size)) for n, r in self.reducers.items()}
         for name, reducer in self.reducers.items():
             try:
-                self.spectra[name] = reducer.spectrum()
+                with _one_thread():
+                    self.spectra[name] = reducer.spectrum()
             except _LAYER_FAILURES as error:
                 plans[name].report.note = f"{type(error).__name__}: {error}"
             else:
@@ -312,7 +314,8 @@ class _Planner:
             return None
         if (name, size) not in self._reductions:
             try:
-                self._reductions[name, size] = reducer.reduce(size)
+                with _one_thread():
+                    self._reductions[name, size] = reducer.reduce(size)
             except _LAYER_FAILURES as error:
                 self._reductions[name, size] = error
         return self._reductions[name, size]
@@ -337,6 +340,18 @@ class _Planner:
 
     def _weights(self, name: str) -> dict[str, Tensor]:
         return {key: value.clone() for key, value in self.reducers[name].module.state_dict().items()}
+
+
+@contextmanager
+def _one_thread():
+    """Dense eigenvalue routines synchronise their threads so often that on a busy machine several take a hundred times
+    longer than one; and one gives the same bits whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _uniform(reducers: Mapping[str, StateReducer], wanted: bool | None) -> bool:

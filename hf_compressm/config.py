@@ -65,9 +65,9 @@ class CompressionConfig:
     method: str = field(
         default="auto",
         metadata={
-            "help": "How to reduce: 'balanced' truncation of the layer's real map, 'complex' as in the paper (only "
-            "the MIMO SSM), or 'auto', the best for the architecture.",
-            "choices": ["auto", "balanced", "complex"],
+            "help": "How to reduce: 'balanced' truncation of the layer's real map, 'complex' as in the paper (MIMO "
+            "SSM), 'selection' of states (Mamba families), or 'auto', the best for the architecture.",
+            "choices": ["auto", "balanced", "selection", "complex"],
         },
     )
     calibration_batches: int = field(

@@ -10,7 +10,6 @@ from .instantaneous import (
     instantaneous_sums,
     refined_maps,
     select_states,
-    selected_maps,
     ssd_states,
     ssd_token_moments,
 )
@@ -75,7 +74,6 @@ __all__ = [
     "reduce_selective",
     "refined_maps",
     "select_states",
-    "selected_maps",
     "ssd_states",
     "ssd_token_moments",
     "state_gramian",

@@ -145,17 +145,6 @@ def balanced_maps(balancings: list[Balancing], r: int) -> tuple[Tensor, Tensor]:
     return maps[0], maps[1]
 
 
-def selected_maps(kept: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (r, n) of one group that keep the states `kept` (r,), and let those of C make up for the others.
-
-    The others are replaced by their linear regression on the kept ones, given the covariance `P` (n, n) of the states.
-    """
-    rows = torch.eye(len(P), dtype=P.dtype, device=P.device)[kept]
-    C_map = torch.linalg.lstsq(P[kept][:, kept], P[kept], driver="gelsd" if P.device.type == "cpu" else None).solution
-    C_map[:, kept] = rows[:, kept]
-    return rows, C_map
-
-
 def ssd_token_moments(signals: SSDSignals, A: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
     """`C` (G, N, n) and `S = sum_p w h h^T` (G, N, n, n) of every `stride`-th token; float64."""
     root = signals.weight.sqrt().unflatten(2, (signals.groups, -1)).flatten(3)

@@ -22,10 +22,11 @@ from .refit import TokenMoments, centred_refit
 from .systems import IllConditioned, promote
 
 _CHUNK_ELEMENTS = 2**21  # of states held at once
-_MOMENT_ELEMENTS = 2**25  # of per-token moments held at once by a refit
+_MOMENT_ELEMENTS = 2**22  # of the moments that a refit keeps; beyond that not of all tokens
 _SLOWEST = 0.1  # a channel's new modes are at most this much slower than its slowest old one
 _SHIFT = 1e-10  # relative, of covariances that are inverted
-_DELAY_SAMPLES = 3  # of every lag
+_DELAYS = 2**13  # sampled over all channels, if there are not more channels
+_DELAY_SAMPLES = 3  # of every lag, at most
 _REFINEMENT_STEPS = 60
 _RIDGES = [10.0, 1.0, 0.1]  # of the refits that compete, with none at all
 
@@ -265,11 +266,11 @@ def delay_statistics(signals: SelectiveSignals) -> DelayStatistics:
     s = signals.time_major
     length, batch, _ = s.u.shape
     elapsed = promote(s.delta, torch.float64).cumsum(0)
-    steps = {0, 1, 2, 3, *(round(2 ** (k / 2)) for k in range(4, 40))}
-    lags = sorted(steps & set(range(length)))
+    lags = _lags(length, s.u.shape[2])
+    samples = max(1, min(_DELAY_SAMPLES, _DELAYS // (len(lags) * s.u.shape[2])))
     stands_for = torch.tensor([*lags, length], dtype=torch.float64, device=elapsed.device).diff()
     tau = []
-    for k, lag in enumerate(lags * _DELAY_SAMPLES):
+    for k, lag in enumerate(lags * samples):
         end = lag + (k * 7919) % (length - lag)  # scattered, and the same in every run
         tau.append(elapsed[end, k % batch] - elapsed[end - lag, k % batch])
     drive, gain = promote(s.delta * s.u, torch.float64).square(), promote(s.weight, torch.float64)
@@ -277,10 +278,20 @@ def delay_statistics(signals: SelectiveSignals) -> DelayStatistics:
     power = power / power.sum().clamp_min(torch.finfo(power.dtype).tiny)
     return DelayStatistics(
         tau=torch.stack(tau),
-        weight=stands_for.repeat(_DELAY_SAMPLES)[:, None] * power / _DELAY_SAMPLES,
+        weight=stands_for.repeat(samples)[:, None] * power / samples,
         S_B=_second_moment(s.B, drive.mean(-1)),
         S_C=_second_moment(s.C, gain.mean(-1)),
     )
+
+
+def _lags(length: int, channels: int) -> list[int]:
+    """Numbers of time steps below `length` in geometric progression, fewer if there are many channels."""
+    for ratio in (math.sqrt(2), 2.0):
+        powers = {round(ratio**k) for k in range(math.ceil(math.log(max(2, length), ratio)))}
+        lags = sorted(({0} | powers) & set(range(length)))
+        if len(lags) * channels <= _DELAYS:
+            break
+    return lags
 
 
 def refined_modes(start: SelectiveReduction, A: Tensor, statistics: DelayStatistics) -> SelectiveReduction:

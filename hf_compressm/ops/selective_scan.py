@@ -212,6 +212,7 @@ def _scan_backward(
             dy_block = dy[rows, :, columns]
             adjoints = torch.empty_like(block.decays)
             g = adjoints.unbind(0)
+            dA_block = torch.zeros_like(block.state[0])
             carry = dh_last[rows, :, columns].clone(memory_format=torch.contiguous_format)
             for c in reversed(range(borders.shape[0])):
                 start, stop = c * chunk_size, min((c + 1) * chunk_size, length)
@@ -231,9 +232,10 @@ def _scan_backward(
                 here = (rows, slice(start, stop), columns)
                 torch.mul(ddriven, block.delta, out=du[here].transpose(0, 1))
                 dlog = chunk.mul_(states[:-1]).mul_(decays)  # of delta_t A, channel by channel
-                dA[:, columns] += torch.mul(dlog, block.delta[:, :, None], out=decays).sum((0, 1))
+                dA_block += torch.mul(dlog, block.delta[:, :, None], out=decays).sum(0)
                 torch.addcmul(dlog.mul_(block.A).sum(2), ddriven, block.u, out=ddelta[here].transpose(0, 1))
             dh0[rows, :, columns] = carry
+            dA[:, columns] += dA_block.sum(0)
     dB.copy_(dB_sum)
     dC.copy_(dC_sum)
     return du, ddelta, dA, dB, dC, dh0

@@ -11,7 +11,6 @@ from hf_compressm.mor import (
     instantaneous_sums,
     refined_maps,
     select_states,
-    selected_maps,
     ssd_states,
     ssd_token_moments,
 )
@@ -134,15 +133,6 @@ def test_selection_sees_states_that_cancel():
     h = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).double()
     outputs = torch.stack([h[:, 0], -h[:, 0] + 0.01 * h[:, 1], 0.5 * h[:, 1]], 1)
     assert select_states(outputs.T @ outputs, 1).tolist() == [2]
-
-
-def test_selected_maps_make_up_for_the_other_states():
-    generator = torch.Generator().manual_seed(0)
-    h = normal(200, 3, generator=generator) @ normal(3, 6, generator=generator)  # three states tell all six
-    kept = torch.tensor([1, 2, 5])
-    B_map, C_map = selected_maps(kept, h.T @ h)
-    assert torch.equal(B_map, torch.eye(6).double()[kept])
-    torch.testing.assert_close(h @ B_map.T @ C_map, h, rtol=1e-6, atol=1e-6)
 
 
 def test_refinement_lowers_the_error_where_c_depends_on_the_state():

@@ -162,22 +162,27 @@ def test_the_relative_error_is_that_of_the_weighted_outputs_held_out():
 
 
 def test_balancing_loses_less_than_selection():
-    for states in (6, 4, 2):
+    mixer = nearly_redundant(mixer_of(REDUCIBLE), 0.2)
+    for states in (6, 4):
         balanced, selected = (
-            reducer_of(mixer_of(REDUCIBLE), method, hidden_of(24)).reduce(states)
-            for method in ("balanced", "selection")
+            reducer_of(mixer, method, hidden_of(12)).reduce(states) for method in ("balanced", "selection")
         )
-        assert 0 < balanced.relative_error < selected.relative_error < 1
+        assert 0 < balanced.relative_error < 0.8 * selected.relative_error
+
+
+@torch.no_grad()
+def nearly_redundant(mixer, noise):
+    """Let the channels of B move in pairs, behind the convolution as well."""
+    parts = [(mixer.in_proj.weight, 48), (mixer.conv1d.weight, 24), (mixer.conv1d.bias, 24)]
+    for param, rows in parts:
+        for first in (rows, rows + 8):
+            pair = param[first : first + 4]
+            param[first + 4 : first + 8] = pair + noise * pair.std() * torch.randn_like(pair)
+    return mixer
 
 
 def test_redundant_states_are_removed_without_error():
-    mixer = mixer_of(REDUCIBLE)
-    with torch.no_grad():  # channels of B that move together, behind the convolution as well
-        for rows, module in ((48, mixer.in_proj), (24, mixer.conv1d)):
-            for first in (rows, rows + 8):
-                module.weight[first + 4 : first + 8] = module.weight[first : first + 4]
-        for first in (24, 32):
-            mixer.conv1d.bias[first + 4 : first + 8] = mixer.conv1d.bias[first : first + 4]
+    mixer = nearly_redundant(mixer_of(REDUCIBLE), 0.0)
     before = forward(mixer, hidden_of(seed=2))
     reducer = reducer_of(mixer)
     reduction = reducer.reduce(4)

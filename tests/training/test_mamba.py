@@ -134,6 +134,23 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path, name, step):
         assert torch.equal(value, weights[key]), key
 
 
+@pytest.mark.parametrize("name", ["reducible_mamba", "reducible_mamba2"])
+def test_layers_of_different_sizes_reload_and_reduce_again(tmp_path, name):
+    model = make_model(name)
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.weight.mul_(0.05)  # hardly selective: few directions matter
+    compress(model, tolerance=0.2, dataloader=[batch(length=32)])
+    sizes = sizes_of(model)
+    assert sizes[0] != sizes[1]
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sizes_of(reloaded) == sizes
+    assert torch.equal(logits_of(reloaded), logits_of(model))
+    compress(reloaded, target_state_size=1, dataloader=[batch(length=32)])
+    assert sizes_of(reloaded) == [1, 1]
+    assert logits_of(reloaded).isfinite().all()
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_a_finished_model_is_reduced_within_a_loss_limit(name):
     model = make_model(name)
