@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .balancing import Balancing
-from .systems import promote
+from .systems import float64_device, promote
 
 _REFINEMENT_STEPS = 40
 _SMALLEST_GAIN = 1e-12  # of a swap, relative: below it is rounding
@@ -65,7 +65,7 @@ def ssd_states(signals: SSDSignals, A: Tensor, stride: int = 1) -> Iterator[tupl
     batch, length, heads, channels = signals.x.shape
     groups, n = signals.B.shape[2:]
     grouped = (batch, -1, groups, heads // groups, channels)
-    A = A.to(signals.x.dtype)
+    A = A.to(signals.x)
     h = signals.x.new_zeros(batch, groups, heads // groups, channels, n)
     for start in range(0, length, stride):
         span = slice(start, min(start + stride, length))
@@ -89,13 +89,13 @@ def instantaneous_sums(signals: SSDSignals, A: Tensor, stride: int = 1) -> dict[
     groups, n = signals.B.shape[2:]
     real = signals.mask if signals.mask is not None else torch.ones_like(signals.dt[..., 0], dtype=torch.bool)
     root = signals.weight.sqrt().unflatten(2, (groups, -1)).flatten(3)
-    P = M = torch.zeros(groups, n, n, dtype=torch.float64)
+    P = M = torch.zeros(groups, n, n, dtype=torch.float64, device=float64_device(signals.x.device))
     counted = 0
     for t, h in ssd_states(signals, A, stride):
         weighted = h * root[:, t, ..., None]
         read = (weighted * signals.C[:, t, :, None]).transpose(0, 1).flatten(1, 2)
         weighted = weighted.transpose(0, 1).flatten(1, 2)
-        P, M = (total.to(h.device) + promote(f.mT @ f, torch.float64) for total, f in ((P, weighted), (M, read)))
+        P, M = (total + promote(f.mT @ f, torch.float64) for total, f in ((P, weighted), (M, read)))
         counted += int(real[:, t].sum())
     C = signals.C[real].transpose(0, 1)
     Q = promote(C.mT @ C, torch.float64)

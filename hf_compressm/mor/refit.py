@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .systems import IllConditioned
+from .systems import IllConditioned, promote
 
 _ITERATIONS = 40  # of conjugate gradients; the preconditioner is the normal matrix up to the dependence of C on x
 _TOLERANCE = 1e-8  # relative, of the preconditioned residual's square
@@ -42,7 +42,7 @@ def centred_refit(moments: TokenMoments, M: Tensor, ridges: list[float]) -> list
     Raises:
         IllConditioned: the moments are not finite.
     """
-    C, H, g = moments.C.double(), moments.H.double(), moments.g.double()
+    C, H, g = (promote(part, torch.float64) for part in (moments.C, moments.H, moments.g))
     if not (H.isfinite().all() and g.isfinite().all() and C.isfinite().all()):
         raise IllConditioned("Expected finite states and outputs on the calibration tokens; found NaN or infinity.")
     share = H.diagonal(dim1=1, dim2=2).sum(1)

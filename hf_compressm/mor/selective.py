@@ -87,7 +87,7 @@ def scan_chunks(delta: Tensor, drive: Tensor, direction: Tensor, A: Tensor) -> I
     steps = max(1, min(length, _CHUNK_ELEMENTS // max(1, batch * A.numel())))
     states, decays = (delta.new_empty(steps, batch, channels, A.shape[1]) for _ in range(2))
     carried = delta.new_zeros(batch, channels, A.shape[1])
-    A = A.to(delta.dtype) * math.log2(math.e)  # the exponential to base 2 is the faster one
+    A = A.to(delta) * math.log2(math.e)  # the exponential to base 2 is the faster one
     for start in range(0, length, steps):
         span = slice(start, min(start + steps, length))
         decay, state = decays[: span.stop - start], states[: span.stop - start]

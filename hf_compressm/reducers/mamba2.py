@@ -200,7 +200,7 @@ class Mamba2Reducer(ObservingReducer):
         parameters, maps = {}, []
         for module, index in indices.items():
             for name, param in m.get_submodule(module).named_parameters(prefix=module):
-                parameters[name] = param.detach().index_select(0, index)
+                parameters[name] = param.detach().index_select(0, index.to(param.device))
                 maps.append(RowSelection((name,), 0, index))
         return parameters, maps
 

@@ -182,16 +182,16 @@ def _map_second_moments(gradient_map: GradientMap, second, old_mean, new_mean) -
 
 
 def _carry_factored(states, shapes, gradient_map: GradientMap, keys: tuple[str, str]) -> None:
-    """Adafactor: expand ``v ≈ row col / mean(row)``, map it, and take row and column means again."""
+    """Adafactor: expand ``v ≈ row col / mean(row)`` over the last two dimensions, map it, and take means again."""
     second = []
     for state, shape in zip(states, shapes, strict=True):
-        row = state[keys[0]].double().reshape(shape[0], 1)
-        col = state[keys[1]].double().reshape(1, shape[1])
-        second.append(row @ col / row.mean().clamp_min(torch.finfo(torch.float64).tiny))
+        row = state[keys[0]].double().reshape(*shape[:-1], 1)
+        col = state[keys[1]].double().reshape(*shape[:-2], 1, shape[-1])
+        second.append(row @ col / row.mean(-2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
     mapped = _map_second_moments(gradient_map, second, None, None)
-    keepdim = states[0][keys[0]].dim() == 2
-    _store(states, keys[0], [v.mean(dim=1, keepdim=keepdim) for v in mapped])
-    _store(states, keys[1], [v.mean(dim=0, keepdim=keepdim) for v in mapped])
+    keepdim = states[0][keys[0]].dim() == len(shapes[0])
+    _store(states, keys[0], [v.mean(dim=-1, keepdim=keepdim) for v in mapped])
+    _store(states, keys[1], [v.mean(dim=-2, keepdim=keepdim) for v in mapped])
 
 
 def _store(states: list[dict], key: str, tensors: list[Tensor]) -> None:
@@ -214,12 +214,11 @@ def adopt_parameters(optimizer: Optimizer | None, model: nn.Module, module: nn.M
     if not new or not siblings:
         return  # a frozen layer stays out of the optimizer
     group = group_of[id(max(siblings, key=torch.Tensor.numel))]
-    position = {id(p): index for index, p in enumerate(model.parameters())}
-    in_order = sorted(group["params"], key=lambda p: position[id(p)])
-    ordered = all(a is b for a, b in zip(in_order, group["params"], strict=True))
+    place = {id(p): index for index, p in enumerate(model.parameters())}
+    places = [place.get(id(p), len(place)) for p in group["params"]]
     group["params"].extend(new)
-    if ordered:
-        group["params"].sort(key=lambda p: position[id(p)])
+    if places == sorted(places):
+        group["params"].sort(key=lambda p: place.get(id(p), len(place)))
 
 
 def drop_stale_state(optimizer: Optimizer | None) -> int:

@@ -90,6 +90,18 @@ def test_pipeline_needs_only_the_directory(language_model):
     assert written[0]["generated_text"] == tokenizer.decode(tokens[0])
 
 
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "reducible_mamba", "reducible_mamba2"])
+def test_pretraining_takes_the_other_architectures(tmp_path, repo_env, model_type):
+    text = tmp_path / "text.txt"
+    text.write_bytes((EXAMPLES / "data" / "tinyshakespeare.txt").read_bytes()[:10_000])
+    where = ["--train_file", str(text), "--output_dir", str(tmp_path / "model"), "--model_type", model_type]
+    options = ["--sequence_length", "32", "--max_steps", "8", "--end", "0.5", "--num_reductions", "1"]
+    done = run(repo_env, "pretrain_clm.py", *where, *options, "--eval_strategy", "no", *TINY, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert state_sizes(tmp_path / "model") == [4, 4]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.model_type == model_type
+
+
 def test_classification_learns_digits_with_a_reduced_state(tmp_path, repo_env):
     done = run(
         repo_env, "classify_sequences.py", "--output_dir", str(tmp_path), "--num_train_epochs", "8", *TINY, *QUICK

@@ -160,6 +160,17 @@ def test_candidates_on_random_systems():
         assert best < 0.9 * mean["selection"], (r, mean)
 
 
+def test_coloured_statistics_explain_the_covariance_of_the_states():
+    A, signals = selective_layer(states=4, length=60)
+    generator = torch.Generator().manual_seed(0)
+    factor = normal(4, 4, generator=generator)
+    plain = selective.delay_statistics(signals)
+    decays = torch.exp(plain.tau[..., None] * A).flatten(0, 1)
+    P = (factor @ factor.T) * (decays.T @ (decays * plain.weight.reshape(-1, 1)))
+    torch.testing.assert_close(plain.coloured(P, A).S_B, factor @ factor.T)
+    assert torch.equal(plain.coloured(P, A).S_C, plain.S_C)
+
+
 def test_selection_keeps_states_and_makes_up_for_the_others():
     A, signals = selective_layer(length=60)
     P, _ = gramians(A, signals)

@@ -8,11 +8,18 @@ import torch.distributed as dist
 from tiny import Windows, tiny_lm
 from transformers import Trainer, TrainingArguments
 
-from hf_compressm import CompreSSMCallback
+from hf_compressm import CompreSSMCallback, ReducibleMamba2Config, ReducibleMamba2ForCausalLM
+
+
+def mamba2():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 32}
+    return ReducibleMamba2ForCausalLM(ReducibleMamba2Config(**sizes, num_heads=4, head_dim=8, n_groups=1))
+
 
 if __name__ == "__main__":
-    output, optim, per_device, find_unused = sys.argv[1:]
-    model = tiny_lm(state_size=32)
+    output, architecture, optim, per_device, find_unused = sys.argv[1:]
+    model = mamba2() if architecture == "mamba2" else tiny_lm(state_size=32)
     args = TrainingArguments(
         output,
         max_steps=30,

@@ -24,9 +24,9 @@ def test_two_ranks_equal_one_process(tmp_path, find_unused, free_port, repo_env)
     one, two = tmp_path / "one", tmp_path / "two"
     for path in (one, two):
         path.mkdir()
-    single = [sys.executable, SCRIPT, str(one), "sgd", "8", str(find_unused)]
+    single = [sys.executable, SCRIPT, str(one), "mimo_ssm", "sgd", "8", str(find_unused)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}"]
-    double = [*torchrun, SCRIPT, str(two), "sgd", "4", str(find_unused)]
+    double = [*torchrun, SCRIPT, str(two), "mimo_ssm", "sgd", "4", str(find_unused)]
     for command in (single, double):
         subprocess.run(command, check=True, env=repo_env)
     reference, first, second = (torch.load(p) for p in (one / "rank-0.pt", two / "rank-0.pt", two / "rank-1.pt"))
@@ -35,3 +35,17 @@ def test_two_ranks_equal_one_process(tmp_path, find_unused, free_port, repo_env)
         assert torch.equal(value, second["weights"][name]), name
     assert first["weights"]["model.layers.0.mixer.nu_log"].shape[0] < 32
     torch.testing.assert_close(logits(first), logits(reference), rtol=0, atol=1e-4)
+
+
+def test_ranks_agree_on_layers_that_each_observes_with_its_own_batches(tmp_path, free_port, repo_env):
+    """Mamba-2 under AdamW: sums over the ranks, one decision, and new parameters in optimizer and reducer of both."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}"]
+    command = [*torchrun, SCRIPT, str(tmp_path), "mamba2", "adamw_torch", "4", "False"]
+    subprocess.run(command, check=True, env=repo_env)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
+    assert first["config"] == second["config"]
+    maps = first["weights"]["backbone.layers.0.mixer.B_map"]
+    assert maps.shape[1] < 32
+    assert not torch.equal(maps, torch.eye(*maps.shape[1:])[None])
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name

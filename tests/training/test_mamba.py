@@ -113,6 +113,15 @@ def test_a_reduced_stock_model_reloads_with_transformers_alone(tmp_path, name):
     assert torch.equal(tokens, model.generate(ids[:, :8], max_new_tokens=5, do_sample=False))
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_a_factored_optimizer_follows(tmp_path, name):
+    callback = CompreSSMCallback(target_state_size=4, start=2, end=6, num_reductions=2)
+    trainer = make_trainer(tmp_path, make_model(name), callback, max_steps=10, optim="adafactor")
+    trainer.train()
+    assert sizes_of(trainer.model) == [4, 4]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
 @pytest.mark.parametrize("step", [3, 5, 8])
 @pytest.mark.parametrize("name", ["mamba", "reducible_mamba", "reducible_mamba2"])
 def test_a_resumed_run_equals_the_straight_one(tmp_path, name, step):
