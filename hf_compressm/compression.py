@@ -22,6 +22,7 @@ from .surgery import (
     adopt_parameters,
     broadcast_from_main,
     carry_state,
+    check_adoption,
     check_model,
     check_optimizer,
     check_replicas_equal,
@@ -103,8 +104,14 @@ def resolve_config(config: CompressionConfig | None, options: dict) -> Compressi
     return config
 
 
-def check_support(model: nn.Module, config: CompressionConfig, optimizer: Optimizer | None = None) -> None:
+def check_support(
+    model: nn.Module, config: CompressionConfig, optimizer: Optimizer | None = None, resumed: bool = False
+) -> None:
     """Refuse, before anything is changed, whatever would fail or do silent damage later.
+
+    Args:
+        model, config, optimizer: as for `compress`.
+        resumed: reductions may have taken place already.
 
     Raises:
         ValueError: what was expected, what was found, what to do.
@@ -112,14 +119,18 @@ def check_support(model: nn.Module, config: CompressionConfig, optimizer: Optimi
     check_model(model)
     refuse_layers(model)
     check_optimizer(optimizer, config.moments)
-    reducers = _reducers(extract_model_from_parallel(model), config)
+    base = extract_model_from_parallel(model)
+    reducers = _reducers(base, config)
     rule, value = config.rule
-    smallest = min(reducer.state_size for reducer in reducers.values())
-    if rule == "target_state_size" and value > smallest:
+    largest = max(reducer.state_size for reducer in reducers.values())
+    if not resumed and rule == "target_state_size" and value > largest:
         raise ValueError(
-            f"target_state_size={value} is above the present state size {smallest}. A reduction only removes states: "
+            f"target_state_size={value} is above the present state size {largest}. A reduction only removes states: "
             "choose a smaller target or start from a larger model."
         )
+    growing = [r.module for r in reducers.values() if r.added_parameters and r.method == "balanced"]
+    if growing:
+        check_adoption(optimizer, base, growing)
     if config.uniform is False and _uniform(reducers, None):
         raise ValueError(
             f"uniform=False needs a state size per layer, which {type(model).__name__} does not have. Leave `uniform` "
@@ -162,10 +173,11 @@ def compress_once(
     changes = {name: plan.reduction for name, plan in plans.items() if plan.reduction is not None}
     if changes and not config.dry_run:
         _apply(base, reducers, changes, config, optimizer)
+        torch._dynamo.reset()  # compiled code has the old shapes
+    if (changes and not config.dry_run) or planner.by_loss:  # trying sizes has touched the parameters of one rank
         for replica in replicas:
             rebuild_reducer(replica)
             check_replicas_equal(base, replica.process_group)
-        torch._dynamo.reset()  # compiled code has the old shapes
     event = CompressionEvent([plan.report for plan in plans.values()], time.perf_counter() - started, step)
     event.dry_run = config.dry_run
     for layer in event.layers:
@@ -193,6 +205,12 @@ def sync_config(model: nn.Module) -> None:
     if hasattr(model, "config"):
         for module, reducer_class in find_reducible(model).values():
             reducer_class(module).sync_config(model.config)
+
+
+def adopt_new_parameters(model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Give the optimizer the parameters that reducible layers of an unwrapped model gained, as by loading weights."""
+    for module, reducer_class in find_reducible(model).values():
+        adopt_parameters(optimizer, model, module, reducer_class.added_parameters)
 
 
 def _calibrate(model: nn.Module, config: CompressionConfig, dataloader: Iterable | None):
@@ -257,6 +275,7 @@ class _Planner:
         loss: Loss | None,
     ):
         self.reducers, self.config, self.remaining_events, self.loss = reducers, config, remaining_events, loss
+        self.by_loss = config.rule[0] == "max_loss_increase"
         self.spectra: dict[str, Spectrum] = {}
         self._reductions: dict[tuple[str, int], Reduction | Exception] = {}
 
@@ -286,7 +305,7 @@ class _Planner:
         if not self.spectra:
             return {}
         name, value = self.config.rule
-        if name == "max_loss_increase":
+        if self.by_loss:
             sizes, _ = largest_reduction(lambda e: self._constrained(RelativeError(e)), self._loss_increase(), value)
             return sizes
         if name == "target_state_size":
@@ -395,5 +414,5 @@ def _apply(
         else:
             reset_state(optimizer, list(params.values()))
         reducers[name].apply(reduction)
-        adopt_parameters(optimizer, model, reducers[name].module)
+    adopt_new_parameters(model, optimizer)
     sync_config(model)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -54,6 +55,8 @@ class StateReducer(ABC):
     uniform: bool = False
     """Whether the model class has one state size for all layers."""
 
+    added_parameters: tuple[str, ...] = ()
+    """Parameters that a balanced reduction gives to a layer that had none of them."""
     sample_offset: int = 0
     """Distinguishes the random numbers of data-parallel ranks."""
 
@@ -159,19 +162,18 @@ def find_reducible(model: nn.Module) -> dict[str, tuple[nn.Module, type[StateRed
 
 def allow_other_sizes(model: nn.Module) -> None:
     """Let `load_state_dict` bring other state sizes into stock layers, as our own layers let it: for resumed runs."""
-
-    def allow(module: nn.Module, reducer_class: type[StateReducer]) -> None:
-        def resize(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-            weights = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
-            reducer, size = reducer_class(module), reducer_class.stored_size(module, weights)
-            if size is not None and size != reducer.state_size:
-                reducer.resize(size)
-
-        module.register_load_state_dict_pre_hook(resize)
-
     for module, reducer_class in find_reducible(model).values():
         if reducer_class.stored_size is not StateReducer.stored_size and not module._load_state_dict_pre_hooks:
-            allow(module, reducer_class)
+            module.register_load_state_dict_pre_hook(partial(_resize_to_stored, reducer_class))
+
+
+def _resize_to_stored(
+    reducer_class: type[StateReducer], module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args
+) -> None:
+    weights = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+    reducer, size = reducer_class(module), reducer_class.stored_size(module, weights)
+    if size is not None and size != reducer.state_size:
+        reducer.resize(size)
 
 
 def supported_layers() -> list[str]:

@@ -229,6 +229,7 @@ class ReducibleMamba2Reducer(Mamba2Reducer):
 
     methods = ("balanced", "selection")
     uniform = False
+    added_parameters = ("B_map", "C_map")
     stored_size = staticmethod(StateReducer.stored_size)
     sync_config = StateReducer.sync_config
 

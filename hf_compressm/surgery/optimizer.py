@@ -5,6 +5,7 @@ the gradient follows the same map; state that is linear in the squared gradient 
 is exact for the mean and takes the deviations of the entries from it as uncorrelated.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -75,6 +76,10 @@ _LAYOUTS = {
 }
 
 
+_ELSEWHERE = {"LBFGS", "ZeroRedundancyOptimizer", "LayerWiseDummyOptimizer"}
+"""One flat history for all parameters; shards on other ranks; an optimizer per parameter behind a dummy."""
+
+
 def _qualified_name(optimizer: Optimizer) -> str:
     """Package and class; the module between them moves from release to release."""
     return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__qualname__}"
@@ -97,10 +102,10 @@ def check_optimizer(optimizer: Optimizer | None, moments: str) -> None:
     if optimizer is None:
         return
     name = _qualified_name(optimizer)
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if {cls.__name__ for cls in type(optimizer).__mro__} & _ELSEWHERE:
         raise ValueError(
-            "LBFGS keeps one flat history for all parameters, which a reduction of the state would invalidate. "
-            "Use one of the first-order optimizers, for example AdamW."
+            f"{name} keeps its state elsewhere than by parameter, where a reduction cannot reach it. Use one of "
+            f"{', '.join(sorted(_LAYOUTS))}."
         )
     if moments == "carry" and name not in _LAYOUTS:
         raise ValueError(
@@ -199,8 +204,42 @@ def _store(states: list[dict], key: str, tensors: list[Tensor]) -> None:
         state[key] = tensor.to(device=state[key].device, dtype=state[key].dtype).contiguous()
 
 
-def adopt_parameters(optimizer: Optimizer | None, model: nn.Module, module: nn.Module) -> None:
-    """Give new parameters of `module` to the optimizer, in the group of the module's other matrices.
+def check_adoption(optimizer: Optimizer | None, model: nn.Module, modules: list[nn.Module]) -> None:
+    """Refuse an optimizer to which `adopt_parameters` could not give new parameters of `modules` without damage.
+
+    Raises:
+        ValueError: it takes matrices only, or the parameters of a group are not in the order of the model's.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    if optimizer is None:
+        return
+    if _qualified_name(optimizer) == "torch.Muon":
+        raise ValueError(
+            "Muon takes matrices only, and a balanced reduction adds maps of three dimensions to this model's layers. "
+            'Use method="selection" or another optimizer, for example AdamW.'
+        )
+    own = {id(p) for module in modules for p in module.parameters()}
+    for group in optimizer.param_groups:
+        if any(id(p) in own for p in group["params"]) and not _in_order(group, model):
+            raise ValueError(
+                "Expected the parameters in each group of the optimizer in the order of `model.parameters()`; found "
+                "another order. A reduction adds parameters to this model, optimizer state is saved by position, and "
+                "a resumed run would mix it up. Make the groups in the order of `model.named_parameters()`."
+            )
+
+
+def _in_order(group: dict, model: nn.Module) -> bool:
+    known = _places(model)
+    places = [known.get(id(p), math.inf) for p in group["params"]]
+    return places == sorted(places)
+
+
+def _places(model: nn.Module) -> dict[int, int]:
+    return {id(p): place for place, p in enumerate(model.parameters())}
+
+
+def adopt_parameters(optimizer: Optimizer | None, model: nn.Module, module: nn.Module, names: tuple[str, ...]) -> None:
+    """Give the parameters `names` of `module` to the optimizer, if it lacks them, in the group of the largest other.
 
     They take the place that an optimizer made from the present `model` would give them: states are saved by position,
     and a resumed run builds its optimizer anew.
@@ -209,16 +248,15 @@ def adopt_parameters(optimizer: Optimizer | None, model: nn.Module, module: nn.M
     if optimizer is None:
         return
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    new = [p for p in module.parameters() if p.requires_grad and id(p) not in group_of]
+    own = dict(module.named_parameters())
+    new = [own[n] for n in names if n in own and own[n].requires_grad and id(own[n]) not in group_of]
     siblings = [p for p in module.parameters() if id(p) in group_of]
     if not new or not siblings:
         return  # a frozen layer stays out of the optimizer
     group = group_of[id(max(siblings, key=torch.Tensor.numel))]
-    place = {id(p): index for index, p in enumerate(model.parameters())}
-    places = [place.get(id(p), len(place)) for p in group["params"]]
+    places = _places(model)
     group["params"].extend(new)
-    if places == sorted(places):
-        group["params"].sort(key=lambda p: place.get(id(p), len(place)))
+    group["params"].sort(key=lambda p: places.get(id(p), math.inf))
 
 
 def drop_stale_state(optimizer: Optimizer | None) -> int:

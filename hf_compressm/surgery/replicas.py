@@ -12,13 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def find_replicas(model: nn.Module) -> list[DistributedDataParallel]:
-    """The `DistributedDataParallel` objects of this process that hold `model`, whoever keeps references to them."""
+    """The `DistributedDataParallel` objects of this process that train parameters of `model`, wherever kept."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
-    if isinstance(model, DistributedDataParallel):
-        return [model]
-    wrappers = [obj for obj in gc.get_objects() if type(obj) is DistributedDataParallel]
-    return [ddp for ddp in wrappers if any(m is model for m in ddp.modules())]
+    gc.collect()  # a wrapper that is garbage on one rank only would leave the others waiting
+    own = {id(p) for p in model.parameters()}
+    wrappers = [obj for obj in gc.get_objects() if issubclass(type(obj), DistributedDataParallel)]
+    return [ddp for ddp in wrappers if any(id(p) in own for p in ddp.parameters())]
 
 
 def broadcast_from_main(compute: Callable[[], Any], process_group=None) -> Any:

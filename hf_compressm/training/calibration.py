@@ -1,6 +1,7 @@
 """What the training steps before an event show: layers' inputs and whole batches; saved, so that a resume is exact."""
 
 import logging
+import math
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ class Calibration:
         """The loss to measure, if one is needed."""
         if self._trainer is None:
             return None
+        if not self._batches:
+            logger.warning(
+                "No training batch went through `Trainer.compute_loss`, so that no loss can be measured and nothing "
+                "is reduced. Does a subclass override `training_step`?"
+            )
+            return lambda: math.nan
         return mean_loss(
             model, lambda batch: float(self._trainer.compute_loss(model, dict(batch))), list(self._batches)
         )

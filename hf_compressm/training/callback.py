@@ -8,11 +8,20 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..compression import check_support, compress_once, observe, resolve_config, sync_config
+from ..compression import (
+    adopt_new_parameters,
+    check_support,
+    compress_once,
+    observe,
+    resolve_config,
+    sync_config,
+)
 from ..config import CompressionConfig
 from ..reducers import allow_other_sizes
 from ..report import CompressionEvent, CompressionReport
@@ -54,6 +63,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.report = CompressionReport(self.config.to_dict())
         self._events: list[int] = []
         self._calibration: Calibration | None = None
+        self._adoption: RemovableHandle | None = None
         self._output_dir = self._resumed_dir = ""
         self._trainer: weakref.ref[Trainer] | None = None
 
@@ -71,7 +81,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs):
         self._find_trainer(state)
-        allow_other_sizes(model)  # checkpoints are loaded before training begins
+        self._prepare_for_checkpoints(model)
 
     def on_train_begin(
         self,
@@ -82,10 +92,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         optimizer=None,
         **kwargs,
     ):
-        if self._trainer is None:
-            self._find_trainer(state)
+        if self._calibration is not None:
+            self._calibration.stop()  # of a run that ended with an exception
+        if self._adoption is not None:
+            self._adoption.remove()
+        self._find_trainer(state)
         self._check_arguments(args)
-        check_support(model, self.config, optimizer)
+        self._check_resumed_optimizer(model, optimizer)
+        check_support(model, self.config, optimizer, resumed=state.global_step > 0)
         sync_config(model)
         self._events = self.config.events(state.max_steps)
         self._restore(state)
@@ -150,6 +164,39 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             torch._dynamo.reset()
         if state.is_world_process_zero:
             self.report.save(Path(args.output_dir))
+
+    def _prepare_for_checkpoints(self, model: nn.Module | None) -> None:
+        """Let checkpoints with other sizes come in: they are loaded before training begins."""
+        if model is not None:
+            allow_other_sizes(model)
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is None:
+            return
+        if trainer.model_init is not None:  # each run makes its model anew
+            make_model = trainer.call_model_init
+
+            def call_model_init(trial=None) -> nn.Module:
+                made = make_model(trial)
+                allow_other_sizes(made)
+                return made
+
+            trainer.call_model_init = call_model_init
+        if model is not None and trainer.optimizer is not None:  # made before a checkpoint brings new parameters
+            optimizer = trainer.optimizer
+            self._adoption = model.register_load_state_dict_post_hook(
+                lambda loaded, _: adopt_new_parameters(loaded, optimizer)
+            )
+
+    @staticmethod
+    def _check_resumed_optimizer(model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Parameters that came with a checkpoint are trained; state that does not fit its parameter is an error."""
+        adopt_new_parameters(model, optimizer)
+        if count := drop_stale_state(optimizer):
+            raise ValueError(
+                f"The optimizer state of {count} parameters has other shapes than the parameters: the checkpoint was "
+                "written with another order of parameters, or with weights of other sizes. Resume with the model and "
+                "the optimizer groups of the original run, or from weights alone (`save_only_model`)."
+            )
 
     def _in_window(self, args: TrainingArguments, steps_done: int) -> bool:
         """Whether the next step is one of the last before an event, whose micro-batches calibrate it."""

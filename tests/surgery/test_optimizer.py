@@ -158,7 +158,7 @@ def test_optimizers_without_a_known_map_are_refused_unless_reset():
         check_optimizer(nadam, "carry")
     check_optimizer(nadam, "reset")
     for moments in ("carry", "reset"):
-        with pytest.raises(ValueError, match="LBFGS keeps one flat history"):
+        with pytest.raises(ValueError, match="LBFGS keeps its state elsewhere"):
             check_optimizer(torch.optim.LBFGS(params), moments)
 
 

@@ -36,7 +36,8 @@ if __name__ == "__main__":
         ddp_find_unused_parameters=find_unused == "True",
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
     )
-    callback = CompreSSMCallback(tolerance=0.1, start=0, end=15, num_reductions=3)
+    rule = {"max_loss_increase": 1e-12, "min_reduction": 0.9} if architecture == "kept" else {"tolerance": 0.1}
+    callback = CompreSSMCallback(**rule, start=0, end=15, num_reductions=3)
     trainer = Trainer(model=model, args=args, train_dataset=Windows(), callbacks=[callback])
     trainer.train()
     rank = dist.get_rank() if dist.is_initialized() else 0

@@ -371,3 +371,82 @@ def test_a_run_resumed_inside_the_window_sees_the_same_batches(tmp_path, step):
     assert max(state_sizes(resumed.model)) < 32
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("rule", [{"tolerance": 0.1}, {"max_loss_increase": 0.05}], ids=lambda rule: next(iter(rule)))
+def test_a_run_interrupted_inside_the_window_leaves_nothing_behind(tmp_path, rule):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3 and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+
+    interrupt = Interrupt()
+    interrupt.done = False
+    callback = CompreSSMCallback(**rule, start=2, end=5, num_reductions=1)
+    trainer = make_trainer(tmp_path, callbacks=[callback, interrupt], max_steps=8)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert max(state_sizes(trainer.model)) < 32
+    assert "compute_loss" not in vars(trainer)
+
+
+def test_a_target_does_not_stand_in_the_way_of_a_resumed_run(tmp_path):
+    """With a global budget some layers end below the target."""
+
+    def run(path, resume=None):
+        callback = CompreSSMCallback(target_state_size=8, budget="global", start=0, end=4, num_reductions=2)
+        model = tiny_lm(state_size=32)
+        with torch.no_grad():
+            model.model.layers[0].mixer.C_re[:, 6:] *= 1e-3
+            model.model.layers[0].mixer.C_im[:, 6:] *= 1e-3
+        trainer = make_trainer(path, model, [callback], max_steps=6, save_strategy="steps", save_steps=1)
+        trainer.train(resume_from_checkpoint=resume)
+        return state_sizes(trainer.model)
+
+    sizes = run(tmp_path / "straight")
+    assert min(sizes) < 8 < max(sizes)
+    for step in (2, 3, 5):
+        assert run(tmp_path / f"from-{step}", str(tmp_path / "straight" / f"checkpoint-{step}")) == sizes
+
+
+def test_one_callback_serves_several_trainers_in_turn(tmp_path):
+    callback = CompreSSMCallback(max_loss_increase=0.05, end=0.4, num_reductions=1)
+    first, second = (make_trainer(tmp_path / name, callbacks=[callback], max_steps=8) for name in ("a", "b"))
+    for trainer in (first, second):
+        trainer.train()
+        assert max(state_sizes(trainer.model)) < 32
+        assert sum("compressm/seconds" in entry for entry in trainer.state.log_history) == 1
+
+
+def test_a_loss_that_cannot_be_seen_reduces_nothing_and_says_so(tmp_path, caplog):
+    class Own(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**inputs).loss
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    callback = CompreSSMCallback(max_loss_increase=0.05, end=0.4, num_reductions=1)
+    trainer = Own(
+        model=tiny_lm(), args=arguments(tmp_path, max_steps=6), train_dataset=Windows(), callbacks=[callback]
+    )
+    logger = logging.getLogger("hf_compressm")
+    logger.addHandler(caplog.handler)
+    try:
+        trainer.train()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert state_sizes(trainer.model) == [32, 32]
+    assert "Does a subclass override `training_step`?" in caplog.text
+
+
+def test_a_checkpoint_whose_moments_do_not_fit_is_refused(tmp_path):
+    make_trainer(tmp_path / "straight", max_steps=10, save_strategy="steps", save_steps=5).train()
+    checkpoint = tmp_path / "straight" / "checkpoint-5"
+    saved = torch.load(checkpoint / "optimizer.pt")
+    first, second = [i for i, s in saved["state"].items() if s["exp_avg"].dim() == 2][:2]
+    saved["state"][first], saved["state"][second] = saved["state"][second], saved["state"][first]
+    torch.save(saved, checkpoint / "optimizer.pt")
+    with pytest.raises(ValueError, match="optimizer state of 2 parameters has other shapes"):
+        make_trainer(tmp_path / "resumed").train(resume_from_checkpoint=str(checkpoint))

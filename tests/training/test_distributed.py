@@ -49,3 +49,14 @@ def test_ranks_agree_on_layers_that_each_observes_with_its_own_batches(tmp_path,
     assert not torch.equal(maps, torch.eye(*maps.shape[1:])[None])
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name]), name
+
+
+def test_ranks_go_on_after_a_search_that_found_nothing_to_reduce(tmp_path, free_port, repo_env):
+    """One rank alone has tried sizes, which touches the parameters that its reducer watches."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}"]
+    command = [*torchrun, SCRIPT, str(tmp_path), "kept", "sgd", "4", "False"]
+    subprocess.run(command, check=True, env=repo_env, timeout=300)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
+    assert first["weights"]["model.layers.0.mixer.nu_log"].shape == (32,)
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name

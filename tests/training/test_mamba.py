@@ -27,6 +27,7 @@ from hf_compressm import (
     ReducibleMambaConfig,
     ReducibleMambaForCausalLM,
     compress,
+    ssm_param_groups,
 )
 
 SIZES = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 16}
@@ -44,11 +45,12 @@ def make_model(name):
     return MAKE[name]()
 
 
-def make_trainer(path, model, callback, **options):
+def make_trainer(path, model, callback, optimizers=(None, None), **options):
     defaults = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "report_to": "none"}
     defaults |= {"use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0}
     args = TrainingArguments(str(path), **{**defaults, **options})
-    return Trainer(model=model, args=args, train_dataset=Windows(length=32), callbacks=[callback])
+    data = Windows(length=32)
+    return Trainer(model=model, args=args, train_dataset=data, callbacks=[callback], optimizers=optimizers)
 
 
 def sizes_of(model):
@@ -193,3 +195,66 @@ def test_what_cannot_be_reduced_exactly_is_refused_by_name(tmp_path):
 def test_stock_layers_share_one_size():
     with pytest.raises(ValueError, match="uniform=False needs a state size per layer"):
         compress(make_model("mamba"), uniform=False, dataloader=[batch(length=32)])
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_stock_model_made_anew_takes_a_reduced_checkpoint(tmp_path, name):
+    def run(path, resume=None):
+        callback = CompreSSMCallback(target_state_size=4, start=1, end=3, num_reductions=1)
+        args = {"max_steps": 6, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True, "seed": 0}
+        args |= {"save_strategy": "steps", "save_steps": 4, "disable_tqdm": True}
+        trainer = Trainer(
+            model_init=lambda: make_model(name),
+            args=TrainingArguments(str(path), **args),
+            train_dataset=Windows(length=32),
+            callbacks=[callback],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    straight = run(tmp_path / "straight")
+    resumed = run(tmp_path / "resumed", str(tmp_path / "straight" / "checkpoint-4"))
+    assert sizes_of(resumed) == [4, 4]
+    assert all(torch.equal(value, straight.state_dict()[key]) for key, value in resumed.state_dict().items())
+
+
+def test_an_optimizer_of_the_users_own_takes_the_new_maps_of_a_checkpoint(tmp_path):
+    def run(path, resume=None):
+        model = make_model("reducible_mamba2")
+        optimizer = torch.optim.AdamW(ssm_param_groups(model, lr=3e-3, ssm_lr=1e-3, weight_decay=0.1))
+        callback = CompreSSMCallback(target_state_size=4, start=1, end=3, num_reductions=1)
+        options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+        trainer = make_trainer(path, model, callback, optimizers=(optimizer, None), **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    straight = run(tmp_path / "straight")
+    resumed = run(tmp_path / "resumed", str(tmp_path / "straight" / "checkpoint-4"))
+    assert all(torch.equal(value, straight.state_dict()[key]) for key, value in resumed.state_dict().items())
+
+
+def test_maps_of_a_frozen_layer_are_frozen():
+    model = make_model("reducible_mamba2")
+    mixer = model.backbone.layers[0].mixer.requires_grad_(False)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    compress(model, target_state_size=4, dataloader=[batch(length=32)], optimizer=optimizer)
+    assert not mixer.B_map.requires_grad
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda ps: torch.optim.Muon([p for p in ps if p.dim() == 2]), "Muon takes matrices only"),
+        (lambda ps: torch.optim.AdamW(sorted(ps, key=torch.Tensor.numel)), "in the order of `model.parameters"),
+    ],
+)
+def test_an_optimizer_that_could_not_take_new_maps_is_refused(make, message):
+    model = make_model("reducible_mamba2")
+    optimizer = make(list(model.parameters()))
+    with pytest.raises(ValueError, match=message):
+        compress(model, target_state_size=4, dataloader=[batch(length=32)], optimizer=optimizer)
+    assert sizes_of(model) == [16, 16]
+    compress(model, target_state_size=4, dataloader=[batch(length=32)], optimizer=optimizer, method="selection")
+    assert sizes_of(model) == [4, 4]

@@ -246,7 +246,7 @@ class ReducibleMamba2Mixer(NoWeightDecayMixin, Mamba2Mixer):
                 self.register_parameter(name, None)
             elif (map_ := getattr(self, name)) is None:
                 zeros = self.in_proj.weight.new_zeros(self.n_groups, n, conv_state_size)
-                self.register_parameter(name, nn.Parameter(zeros))
+                self.register_parameter(name, nn.Parameter(zeros, requires_grad=self.in_proj.weight.requires_grad))
             else:
                 resize_parameter_(map_, map_.new_zeros(self.n_groups, n, conv_state_size))
         self.ssm_state_size, self.conv_state_size = n, conv_state_size
