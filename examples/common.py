@@ -22,6 +22,7 @@ from transformers import (
 from hf_compressm import CompressionConfig
 
 MODEL_TYPES = ["mimo_ssm", "mamba", "mamba2", "reducible_mamba", "reducible_mamba2"]
+STOCK_TYPES = ["mamba", "mamba2"]  # one state size for all layers
 HEAD_DIM = 32  # of Mamba-2
 
 
@@ -56,6 +57,8 @@ class ModelArguments:
             raise ValueError(f"a {self.model_type} config has no field {' and no '.join(unknown)}")
         if len(self.state_size) == 1:
             fields["state_size"] = self.state_size[0]
+        elif self.model_type in STOCK_TYPES:
+            raise ValueError(f"--state_size takes one number for all layers of a stock {self.model_type} model")
         elif len(self.state_size) == self.num_hidden_layers:
             fields["per_layer_config"] = {i: {"state_size": n} for i, n in enumerate(self.state_size)}
         else:

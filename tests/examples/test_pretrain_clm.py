@@ -85,6 +85,7 @@ def test_accuracy_of_the_next_token_ignores_what_is_not_predicted():
         (["--tolerance", "0.1", "--target_state_size", "4"], "at most one rank rule"),
         (["--start", "0.5"], "ends before it starts"),
         (["--state_size", "8", "8"], "one for each of the 3 layers; found 2"),
+        (["--model_type", "mamba", "--state_size", "8", "8", "8"], "one number for all layers of a stock mamba"),
         (["--config_overrides", "[1]"], "is a JSON object"),
         (["--config_overrides", '{"rmin": 0.5}'], "a mimo_ssm config has no field rmin"),
         (["--config_overrides", '{"r_min": 1.5}'], "expected 0 <= r_min < r_max <= 1"),
