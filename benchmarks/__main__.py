@@ -10,6 +10,8 @@ def main() -> None:
     names = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_")]
     names.remove("common")
     name, *args = sys.argv[1:] or ["step_time"]
+    if name in ("-h", "--help"):
+        sys.exit(f"{__doc__}\nNames: {', '.join(names)}")
     if name not in names:
         sys.exit(f"error: expected one of {', '.join(names)}; found {name!r}. {__doc__}")
     importlib.import_module(f"benchmarks.{name}").main(args)

@@ -156,6 +156,8 @@ def main(args: list[str] | None = None) -> None:
     """Train, evaluate, save, print."""
     model_args, data_args, compression, training = parse_arguments(DataArguments, __doc__, DEFAULTS, args)
     set_seed(training.seed)
+    if model_args.model_type != "mimo_ssm":
+        fail(f"sequences of numbers take --model_type mimo_ssm; a {model_args.model_type} model reads tokens")
     try:
         train, test, num_classes = load_sequences(data_args)
         mean, std = train.moments()

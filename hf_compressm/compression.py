@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedConfig
 
 from .config import CompressionConfig
 from .mor import RANK_RULES, RankRule, RelativeError, Spectrum, TargetStateSize, apply_constraints
@@ -201,16 +202,18 @@ def observe(model: nn.Module, config: CompressionConfig, training_only: bool = T
 
 
 def sync_config(model: nn.Module) -> None:
-    """Bring the config of an unwrapped model up to the sizes of its layers, as after loading other weights."""
-    if hasattr(model, "config"):
-        for module, reducer_class in find_reducible(model).values():
-            reducer_class(module).sync_config(model.config)
+    """Bring the configs in an unwrapped model up to the sizes of its layers, as after loading other weights."""
+    for owner in model.modules():
+        if isinstance(getattr(owner, "config", None), PreTrainedConfig):
+            for module, reducer_class in find_reducible(owner).values():
+                reducer_class(module).sync_config(owner.config)
 
 
 def adopt_new_parameters(model: nn.Module, optimizer: Optimizer | None) -> None:
     """Give the optimizer the parameters that reducible layers of an unwrapped model gained, as by loading weights."""
     for module, reducer_class in find_reducible(model).values():
-        adopt_parameters(optimizer, model, module, reducer_class.added_parameters)
+        if added := reducer_class.added_parameters:
+            adopt_parameters(optimizer, model, module, added, reducer_class.state_parameters[0])
 
 
 def _calibrate(model: nn.Module, config: CompressionConfig, dataloader: Iterable | None):

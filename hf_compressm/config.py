@@ -25,7 +25,8 @@ class CompressionConfig:
         default=None,
         metadata={
             "help": "The largest reduction whose measured increase of the loss on calibration batches stays "
-            "below this, per event, in the unit of the loss (nats)."
+            "below this, per event, in the unit of the loss (nats). Early on, before the model has learned to use its "
+            "state, that can be almost all of it: choose a later `start`."
         },
     )
     target_state_size: int | None = field(

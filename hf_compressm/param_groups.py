@@ -8,17 +8,18 @@ from .reducers import find_reducible
 def ssm_param_groups(
     model: nn.Module, lr: float, ssm_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict]:
-    """Parameter groups that treat the recurrence apart, for any `torch.optim` optimizer.
+    """Parameter groups that treat the recurrences apart, for any `torch.optim` optimizer.
 
-    The parameters of reducible layers are usually trained with a smaller learning rate than the rest and without
-    weight decay, which would pull the eigenvalues towards an arbitrary point (Orvieto et al., 2023, appendix B).
-    Biases, norms and other vectors have no weight decay either.
+    The parameters of the recurrences (all of a MIMO SSM layer; `A_log`, `D` and what makes the time step, and in Mamba
+    `B` and `C`) are usually trained with a smaller learning rate than the rest and without weight decay, which would
+    pull the eigenvalues towards an arbitrary point (Orvieto et al., 2023, appendix B). Biases, norms and other vectors
+    have no weight decay either.
 
     Args:
         model: any model with reducible layers.
         lr: learning rate of the rest.
-        ssm_lr: learning rate of the reducible layers; None: the same.
-        weight_decay: of the matrices outside the reducible layers.
+        ssm_lr: learning rate of the recurrences; None: the same.
+        weight_decay: of the matrices outside the recurrences.
 
     Returns:
         Up to three groups: decayed, not decayed, state space. Parameters without gradient are left out.
@@ -26,10 +27,15 @@ def ssm_param_groups(
     Raises:
         ValueError: `model` has no reducible layer.
     """
-    layers = [module for module, _ in find_reducible(model).values()]
+    layers = find_reducible(model).values()
     if not layers:
         raise ValueError(f"{type(model).__name__} has no reducible layer: there is no state space group to make.")
-    ssm = {id(p) for module in layers for p in module.parameters()}
+    ssm = {
+        id(param)
+        for module, reducer in layers
+        for name, param in module.named_parameters()
+        if reducer.state_parameters is None or name in reducer.state_parameters
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     rest = [p for p in trained if id(p) not in ssm]
     groups = [

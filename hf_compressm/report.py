@@ -18,7 +18,7 @@ class LayerReport:
         energy_discarded: fraction of Σσ that was cut off.
         error_bound: H∞ bound of the error of the layer's map, ``2 Σ_{i>r} σ_i``; None where there is none.
         relative_error: error of the layer's output relative to it: in the H₂ norm for a time-invariant layer, on
-            held-out inputs for a selective one; None where it is not known.
+            inputs held out from the fit for a selective one; None where it is not known.
         hankel_singular_values: before the event, descending.
         note: why the layer was left alone, if it was.
     """

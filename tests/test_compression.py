@@ -15,6 +15,8 @@ from torch import nn
 from hf_compressm import (
     CompressionConfig,
     MimoSSMForCausalLM,
+    ReducibleMambaConfig,
+    ReducibleMambaForCausalLM,
     UnsupportedSetupError,
     compress,
     hankel_singular_values,
@@ -332,3 +334,15 @@ def test_parameter_groups_cover_every_parameter_once(model):
     assert by_id[id(mixer.B_re)]["weight_decay"] == 0.0
     assert by_id[id(model.model.layers[0].gate.weight)]["weight_decay"] == 0.1
     assert by_id[id(model.model.layers[0].gate.bias)]["weight_decay"] == 0.0
+
+
+def test_parameter_groups_of_mamba_leave_the_projections_to_the_rest():
+    model = ReducibleMambaForCausalLM(ReducibleMambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1))
+    groups = ssm_param_groups(model, lr=1e-2, ssm_lr=1e-3, weight_decay=0.1)
+    by_id = {id(p): group for group in groups for p in group["params"]}
+    assert by_id.keys() == {id(p) for p in model.parameters()}
+    mixer = model.backbone.layers[0].mixer
+    assert by_id[id(mixer.A_log)]["lr"] == by_id[id(mixer.x_proj.weight)]["lr"] == 1e-3
+    for name in ("in_proj", "out_proj", "conv1d"):
+        group = by_id[id(mixer.get_submodule(name).weight)]
+        assert (group["lr"], group["weight_decay"]) == (1e-2, 0.1)

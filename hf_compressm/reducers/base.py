@@ -55,8 +55,10 @@ class StateReducer(ABC):
     uniform: bool = False
     """Whether the model class has one state size for all layers."""
 
+    state_parameters: tuple[str, ...] | None = None
+    """The layer's parameters that make its recurrence, to be trained with a learning rate of their own; None: all."""
     added_parameters: tuple[str, ...] = ()
-    """Parameters that a balanced reduction gives to a layer that had none of them."""
+    """Parameters that a balanced reduction gives to a layer that had none; trained beside `state_parameters[0]`."""
     sample_offset: int = 0
     """Distinguishes the random numbers of data-parallel ranks."""
 

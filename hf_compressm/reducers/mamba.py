@@ -57,6 +57,7 @@ class MambaReducer(ObservingReducer):
 
     methods = ("balanced", "selection")
     uniform = True
+    state_parameters = ("A_log", "D", "x_proj.weight", "dt_proj.weight", "dt_proj.bias")
 
     def __init__(self, module: MambaMixer, method: str = "auto", seed: int = 0):
         super().__init__(module, method, seed)

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
+from transformers import Mamba2Config, PreTrainedConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ..models.mamba2.modeling_reducible_mamba2 import ReducibleMamba2Mixer
@@ -124,6 +124,7 @@ class Mamba2Reducer(ObservingReducer):
 
     methods = ("selection",)
     uniform = True
+    state_parameters = ("A_log", "D", "dt_bias")
 
     def __init__(self, module: Mamba2Mixer, method: str = "auto", seed: int = 0):
         super().__init__(module, method, seed)
@@ -132,7 +133,8 @@ class Mamba2Reducer(ObservingReducer):
 
     def sync_config(self, config: PreTrainedConfig) -> None:
         """Write the state size into the model's config, to which a stock mixer has no reference."""
-        config.state_size = self.state_size
+        if config.model_type == Mamba2Config.model_type:
+            config.state_size = self.state_size
 
     def _accumulate(self, hidden: Tensor, mask: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
         layer = mamba2_layer(self.module, hidden, mask)
@@ -230,11 +232,25 @@ class ReducibleMamba2Reducer(Mamba2Reducer):
     methods = ("balanced", "selection")
     uniform = False
     added_parameters = ("B_map", "C_map")
+    state_parameters = (*Mamba2Reducer.state_parameters, *added_parameters)
     stored_size = staticmethod(StateReducer.stored_size)
+    _packed = False
     sync_config = StateReducer.sync_config
 
     def resize(self, states: int) -> None:
         self.module.resize_state(states)
+
+    def observe(self, args: tuple, kwargs: dict) -> None:
+        self._packed = self._packed or kwargs.get("seq_idx") is not None
+        super().observe(args, kwargs)
+
+    def spectrum(self) -> Spectrum:
+        if self._packed and self.method == "balanced":
+            raise ArithmeticError(
+                "Expected one sequence per row; found packed ones (`seq_idx`), which the kernels that know them would "
+                'not take through the maps of a balanced reduction. Use method="selection", or do not pack.'
+            )
+        return super().spectrum()
 
     def apply(self, reduction: Reduction) -> None:
         # a reduction without maps is one of the channels, or puts back a layer that had none

@@ -238,8 +238,10 @@ def _places(model: nn.Module) -> dict[int, int]:
     return {id(p): place for place, p in enumerate(model.parameters())}
 
 
-def adopt_parameters(optimizer: Optimizer | None, model: nn.Module, module: nn.Module, names: tuple[str, ...]) -> None:
-    """Give the parameters `names` of `module` to the optimizer, if it lacks them, in the group of the largest other.
+def adopt_parameters(
+    optimizer: Optimizer | None, model: nn.Module, module: nn.Module, names: tuple[str, ...], beside: str
+) -> None:
+    """Give the parameters `names` of `module` to the optimizer, if it lacks them, in the group of `beside`.
 
     They take the place that an optimizer made from the present `model` would give them: states are saved by position,
     and a resumed run builds its optimizer anew.
@@ -250,10 +252,9 @@ def adopt_parameters(optimizer: Optimizer | None, model: nn.Module, module: nn.M
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     own = dict(module.named_parameters())
     new = [own[n] for n in names if n in own and own[n].requires_grad and id(own[n]) not in group_of]
-    siblings = [p for p in module.parameters() if id(p) in group_of]
-    if not new or not siblings:
+    group = group_of.get(id(module.get_parameter(beside)))
+    if not new or group is None:
         return  # a frozen layer stays out of the optimizer
-    group = group_of[id(max(siblings, key=torch.Tensor.numel))]
     places = _places(model)
     group["params"].extend(new)
     group["params"].sort(key=lambda p: places.get(id(p), math.inf))

@@ -301,3 +301,16 @@ def test_inputs_that_are_not_finite_are_refused():
     reducer.observe((hidden,), {})
     with pytest.raises(ArithmeticError, match="finite"):
         reducer.spectrum()
+
+
+def test_a_balanced_reduction_of_packed_sequences_is_left_undone():
+    """The kernels that know `seq_idx` would not take them through the maps."""
+    numbers = torch.zeros(6, 40, dtype=torch.int32)
+    for method, refused in (("balanced", True), ("selection", False)):
+        reducer = ReducibleMamba2Reducer(mixer_of(REDUCIBLE), method)
+        reducer.observe((hidden_of(),), {"seq_idx": numbers})
+        if refused:
+            with pytest.raises(ArithmeticError, match='method="selection"'):
+                reducer.spectrum()
+        else:
+            assert reducer.spectrum().hsv.shape == (8,)

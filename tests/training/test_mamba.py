@@ -258,3 +258,17 @@ def test_an_optimizer_that_could_not_take_new_maps_is_refused(make, message):
     assert sizes_of(model) == [16, 16]
     compress(model, target_state_size=4, dataloader=[batch(length=32)], optimizer=optimizer, method="selection")
     assert sizes_of(model) == [4, 4]
+
+
+def test_the_config_of_a_model_inside_another_follows(tmp_path):
+    inner = make_model("mamba2")
+    outer = torch.nn.ModuleDict({"language": inner})
+    outer.forward = lambda **inputs: inner(**inputs)
+    compress(outer, target_state_size=4, dataloader=[batch(length=32)])
+    inner.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(inner))
+
+
+def test_packed_sequences_are_not_mixed_up_silently():
+    with pytest.raises(ValueError, match="expected no packed sequences, found seq_idx"):
+        make_model("reducible_mamba")(**batch(length=32), seq_idx=torch.zeros(8, 32, dtype=torch.int32))

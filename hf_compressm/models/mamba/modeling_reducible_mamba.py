@@ -237,12 +237,22 @@ class ReducibleMambaModel(ReducibleMambaPreTrainedModel, MambaModel):
         return super().forward(input_ids, inputs_embeds, cache_params, attention_mask=mask, **kwargs)
 
 
+def _refuse_packed_sequences(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """A forward pre-hook, because the stock forward takes any keyword and drops it."""
+    if packed := [name for name in ("seq_idx", "cu_seqlens") if kwargs.get(name) is not None]:
+        raise ValueError(
+            f"expected no packed sequences, found {' and '.join(packed)}: the state would leak from one to the next. "
+            "Give each sequence its own row, with padding and an attention_mask"
+        )
+
+
 class ReducibleMambaForCausalLM(ReducibleMambaPreTrainedModel, ChunkedPrefillMixin, MambaForCausalLM):
     """Mamba with a language modelling head. Checkpoints of the stock `MambaForCausalLM` load as they are."""
 
     def __init__(self, config: ReducibleMambaConfig):
         super(MambaForCausalLM, self).__init__(config)
         self.backbone = ReducibleMambaModel(config)
+        self.register_forward_pre_hook(_refuse_packed_sequences, with_kwargs=True)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
