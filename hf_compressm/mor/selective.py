@@ -154,8 +154,8 @@ class SelectiveReduction:
         M: `C_t -> M C_t`, (r, n), float64.
         A: the new diagonals (D, r), negative, float64.
         method: the candidate's name.
-        relative_error: root mean square error of the weighted outputs relative to their own, on tokens that played no
-            part in the fit.
+        relative_error: root mean square error of the weighted outputs relative to their own, on tokens held out
+            from every fit (they do enter the Gramians).
         errors: the same for every candidate that was tried.
     """
 
