@@ -1,10 +1,11 @@
-"""Train a byte-level language model from scratch and shrink its state on the way.
+"""Train a language model from scratch and shrink its state on the way.
 
-Without arguments: five minutes on two cores with the text in examples/data. Any argument of `TrainingArguments` and
-`CompressionConfig` can be given, for instance `--tolerance 0.02` or `--max_steps 100`.
+Without arguments: bytes, and five minutes on two cores with the text in examples/data. Any argument of
+`TrainingArguments` and `CompressionConfig` can be given, for instance `--tolerance 0.02` or `--max_steps 100`.
 """
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from math import log
@@ -13,8 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 
+from bpe_tokenizer import bpe_tokenizer
 from byte_tokenizer import byte_tokenizer
 from common import StepTimer, fail, parse_arguments, state_sizes
 from hf_compressm import CompressionConfig, CompreSSMCallback
@@ -35,6 +44,7 @@ DEFAULTS = {
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+VOCAB_SIZE = 4096  # of a tokenizer that is learned
 
 
 @dataclass
@@ -57,7 +67,15 @@ class DataArguments:
         default=0.1,
         metadata={"help": "Part of the training text, at its end, to validate on if there is no other."},
     )
-    sequence_length: int = field(default=256, metadata={"help": "Bytes per training sequence."})
+    tokenizer: str = field(
+        default="bytes",
+        metadata={
+            "help": "'bytes'; 'bpe', learned from the training text; or a directory with a tokenizer, such as that of "
+            "a model. It is saved with the model."
+        },
+    )
+    vocab_size: int | None = field(default=None, metadata={"help": f"Tokens of 'bpe'. Default: {VOCAB_SIZE}."})
+    sequence_length: int = field(default=256, metadata={"help": "Tokens per training sequence."})
 
 
 class EvaluateAroundReductions(TrainerCallback):
@@ -107,6 +125,34 @@ def read_file(path: str, text_column: str) -> Dataset:
             raise ValueError(f"expected a .txt or .parquet file, found {other or 'no suffix'} in {path}")
 
 
+def load_tokenizer(data: DataArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer that the arguments name."""
+    if data.tokenizer == "bpe":
+        return bpe_tokenizer(training_texts(data), data.vocab_size or VOCAB_SIZE)
+    if data.vocab_size is not None:
+        raise ValueError("--vocab_size is that of --tokenizer bpe; the others have a size of their own")
+    if data.tokenizer == "bytes":
+        return byte_tokenizer()
+    if not Path(data.tokenizer).is_dir():
+        raise ValueError(f"--tokenizer is 'bytes', 'bpe' or a directory; found {data.tokenizer!r}")
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {data.tokenizer} has no token for the end of a text (`eos_token`)")
+    return tokenizer
+
+
+def training_texts(data: DataArguments) -> Iterator[str]:
+    """The texts without what will validate, for a tokenizer to learn from."""
+    splits = load_texts(data)
+    texts = splits["train"][data.text_column]
+    left = sum(map(len, texts))
+    if "validation" not in splits:
+        left -= round(data.validation_fraction * left)
+    for text in texts:
+        yield text[: max(0, left)]
+        left -= len(text)
+
+
 def load_sequences(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
     """Training and validation sequences: the texts one after the other, cut at every `sequence_length` tokens."""
     length = data.sequence_length
@@ -140,10 +186,15 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def byte_entropy(sequences: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Entropy in nats of the bytes of a text, taken one by one: the loss of the best model without any context."""
-    text = tokenizer.decode(np.concatenate(sequences["input_ids"]), skip_special_tokens=True).encode()
-    return -sum(count / len(text) * log(count / len(text)) for count in Counter(text).values())
+def to_bytes(sequences: Dataset, tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """The text in `sequences`."""
+    return tokenizer.decode(np.concatenate(sequences["input_ids"]), skip_special_tokens=True).encode()
+
+
+def entropy(symbols: Iterable[int]) -> float:
+    """Entropy in nats of symbols taken one by one: the loss of the best model without any context."""
+    counts = Counter(symbols)
+    return -sum(count / counts.total() * log(count / counts.total()) for count in counts.values())
 
 
 def nats(loss: float | None) -> str:
@@ -170,8 +221,8 @@ def main(args: list[str] | None = None) -> None:
     """Train, measure, save, print."""
     model_args, data_args, compression, training = parse_arguments(DataArguments, __doc__, DEFAULTS, args)
     set_seed(training.seed)
-    tokenizer = byte_tokenizer()
     try:
+        tokenizer = load_tokenizer(data_args)
         config = model_args.config(
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
@@ -183,10 +234,18 @@ def main(args: list[str] | None = None) -> None:
         fail(error)
     model = AutoModelForCausalLM.from_config(config)
     sizes, parameters = state_sizes(model.config), model.num_parameters()
-    entropy = byte_entropy(validation, tokenizer)
-    print(f"{len(train):,} training and {len(validation):,} validation sequences of {data_args.sequence_length} bytes")
+    unit = "bytes" if data_args.tokenizer == "bytes" else "tokens"
+    tokens, text = np.concatenate(validation["input_ids"]), to_bytes(validation, tokenizer)
+    per_byte = len(tokens) / len(text)
+    single = entropy(text)
+    print(
+        f"{len(train):,} training and {len(validation):,} validation sequences of {data_args.sequence_length} {unit}"
+    )
+    if unit == "tokens":
+        print(f"{len(tokenizer):,} different tokens, {1 / per_byte:.2f} validation bytes per token")
+        print(f"entropy of single validation tokens: {entropy(tokens.tolist()):.3f} nats")
     print(f"{parameters:,} parameters, state sizes {sizes}")
-    print(f"entropy of single validation bytes: {entropy:.3f} nats, {entropy / log(2):.3f} bits")
+    print(f"entropy of single validation bytes: {single:.3f} nats, {single / log(2):.3f} bits")
 
     timer, around = StepTimer(), EvaluateAroundReductions(compression)
     callbacks = [timer, around, CompreSSMCallback(compression)] if model_args.do_compress else [timer]
@@ -221,16 +280,15 @@ def main(args: list[str] | None = None) -> None:
             milliseconds(timer.median_ms(range(last + 1, end + 1))),
             "",
         ),
-        (
-            "validation loss (nats per byte)",
-            nats(losses.get(around.before)),
-            nats(losses.get(around.after)),
-            nats(final["eval_loss"]),
-        ),
-        ("entropy of single bytes (nats)", "", "", nats(entropy)),
     ]
+    measured = [losses.get(around.before), losses.get(around.after), final["eval_loss"]]
+    if unit == "tokens":
+        rows.append(("validation loss (nats per token)", *map(nats, measured)))
+    measured = [None if loss is None else loss * per_byte for loss in measured]
+    rows.append(("validation loss (nats per byte)", *map(nats, measured)))
+    rows.append(("entropy of single bytes (nats)", "", "", nats(single)))
     print_table(rows)
-    print(f"{final['eval_loss'] / log(2):.3f} bits per byte; {final['eval_accuracy']:.1%} of the bytes guessed right")
+    print(f"{measured[-1] / log(2):.3f} bits per byte; {final['eval_accuracy']:.1%} of the {unit} guessed right")
     print(f"saved to {training.output_dir}")
 
 

@@ -90,16 +90,28 @@ def test_pipeline_needs_only_the_directory(language_model):
     assert written[0]["generated_text"] == tokenizer.decode(tokens[0])
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "reducible_mamba", "reducible_mamba2"])
-def test_pretraining_takes_the_other_architectures(tmp_path, repo_env, model_type):
+@pytest.mark.parametrize("model_type", ["mimo_ssm", "mamba", "mamba2", "reducible_mamba", "reducible_mamba2"])
+def test_pretraining_takes_every_architecture_and_learns_a_tokenizer(tmp_path, repo_env, model_type):
     text = tmp_path / "text.txt"
     text.write_bytes((EXAMPLES / "data" / "tinyshakespeare.txt").read_bytes()[:10_000])
     where = ["--train_file", str(text), "--output_dir", str(tmp_path / "model"), "--model_type", model_type]
     options = ["--sequence_length", "32", "--max_steps", "8", "--end", "0.5", "--num_reductions", "1"]
-    done = run(repo_env, "pretrain_clm.py", *where, *options, "--eval_strategy", "no", *TINY, *QUICK)
+    options += ["--tokenizer", "bpe", "--vocab_size", "400", "--eval_strategy", "no"]
+    done = run(repo_env, "pretrain_clm.py", *where, *options, *TINY, *QUICK)
     assert done.returncode == 0, done.stderr
     assert state_sizes(tmp_path / "model") == [4, 4]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.model_type == model_type
+    per_token, per_byte = (
+        [float(number) for number in line.split()[-3:]]
+        for line in done.stdout.splitlines()
+        if line.startswith("validation loss")
+    )
+    bytes_per_token = float(done.stdout.split("400 different tokens, ")[1].split()[0])
+    assert bytes_per_token > 1.3
+    assert per_byte == pytest.approx([loss / bytes_per_token for loss in per_token], abs=0.02)
+    write = pipeline("text-generation", model=str(tmp_path / "model"))
+    assert (write.model.config.model_type, write.model.config.vocab_size) == (model_type, 400)
+    text = write("KING:", max_new_tokens=9)[0]["generated_text"]
+    assert len(write.tokenizer(text)["input_ids"]) > 5
 
 
 def test_classification_learns_digits_with_a_reduced_state(tmp_path, repo_env):

@@ -9,6 +9,7 @@ from scipy.stats import entropy
 from transformers import AutoTokenizer, EvalPrediction
 
 import pretrain_clm
+from bpe_tokenizer import bpe_tokenizer
 from byte_tokenizer import byte_tokenizer
 from metrics import next_token_accuracy
 
@@ -32,6 +33,40 @@ def test_tokens_are_the_bytes_of_any_text(tokenizer, tmp_path):
             ids = each(text)["input_ids"]
             assert bytes(ids) == text.encode()
             assert each.decode(ids) == text
+
+
+TEXTS = ["to be or not to be\n", "", "that is the question\n"] * 20
+
+
+def test_learned_tokens_write_any_text(tmp_path):
+    tokenizer = bpe_tokenizer(TEXTS, 280)
+    assert len(tokenizer) == 280
+    assert len(tokenizer(TEXTS[0])["input_ids"]) < len(TEXTS[0]) / 2
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = pretrain_clm.load_tokenizer(arguments(tokenizer=str(tmp_path)))
+    texts = [*TEXTS, "ROMEO:\n  What's  here ?\t\r\n", "\x00\x7f\u2028e\u0301é 漢字 😀 <0x41> Ġ", random_text(5000)]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert reloaded(text)["input_ids"] == ids
+    assert (reloaded.eos_token_id, reloaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
+
+
+def test_the_same_text_teaches_the_same_tokens():
+    first, second = (bpe_tokenizer(TEXTS, 290).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+def test_the_tokenizer_does_not_see_what_validates(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("0123456789" * 10, encoding="utf-8")
+    assert (
+        "".join(pretrain_clm.training_texts(arguments(train_file=str(text), validation_fraction=0.25)))
+        == ("0123456789" * 10)[:75]
+    )
+    both = arguments(train_file=str(text), validation_file=str(text))
+    assert list(pretrain_clm.training_texts(both)) == ["0123456789" * 10]
 
 
 def test_special_tokens_follow_the_bytes(tokenizer):
@@ -66,7 +101,9 @@ def test_parquet_rows_are_joined_by_the_end_of_text(tokenizer, tmp_path, monkeyp
 
 def test_entropy_of_single_bytes(tokenizer):
     rows = datasets.Dataset.from_dict({"input_ids": [[97, 97, 97, 98], [99, 98, 97, 256]]}).with_format("numpy")
-    assert pretrain_clm.byte_entropy(rows, tokenizer) == pytest.approx(entropy([4, 2, 1]))
+    text = pretrain_clm.to_bytes(rows, tokenizer)
+    assert text == b"aaabcba"
+    assert pretrain_clm.entropy(text) == pytest.approx(entropy([4, 2, 1]))
 
 
 def test_accuracy_of_the_next_token_ignores_what_is_not_predicted():
@@ -81,6 +118,9 @@ def test_accuracy_of_the_next_token_ignores_what_is_not_predicted():
         (["--train_file", "nowhere.txt"], "there is no file nowhere.txt"),
         (["--train_file", pretrain_clm.__file__], "expected a .txt or .parquet file, found .py"),
         (["--sequence_length", "2000000"], "0 training and 0 validation sequences of 2000000 tokens are too few"),
+        (["--tokenizer", "words"], "--tokenizer is 'bytes', 'bpe' or a directory; found 'words'"),
+        (["--tokenizer", "bpe", "--vocab_size", "257"], "--vocab_size is at least 258"),
+        (["--vocab_size", "300"], "--vocab_size is that of --tokenizer bpe"),
         (["--tolerance", "2"], "`tolerance` is a fraction"),
         (["--tolerance", "0.1", "--target_state_size", "4"], "at most one rank rule"),
         (["--start", "0.5"], "ends before it starts"),
