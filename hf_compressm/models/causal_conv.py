@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 
 
 def causal_convolution(
-    mixer: nn.Module, x: torch.Tensor, mask: torch.Tensor | None, cache_params: Cache | None, kernel: Callable
+    mixer: nn.Module, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, kernel: Callable
 ) -> torch.Tensor:
     """Convolve `x (batch, channels, L)` over time and apply the activation, as a stock Mamba mixer does.
 
@@ -19,27 +19,27 @@ def causal_convolution(
     Args:
         mixer: has `conv1d`, `act`, `activation`, `conv_kernel_size` and `layer_idx`.
         mask: (batch, L), False at padding, or None.
-        cache_params: where the last inputs are kept; goes on from there, and is updated.
+        cache: where the last inputs are kept; goes on from there, and is updated.
         kernel: transformers' `causal_conv1d_fn`, for devices that have kernels.
 
     Returns:
         (batch, channels, L), zero at padding.
 
     Raises:
-        ValueError: `cache_params` was made with another number of channels.
+        ValueError: `cache` was made with another number of channels.
     """
     length = x.shape[-1]
     if mask is not None:
         x = x.masked_fill(~mask[:, None], 0)
     full = x
-    if cache_params is not None:
-        state = cache_params.get_conv_state(mixer.layer_idx)
+    if cache is not None:
+        state = cache.get_conv_state(mixer.layer_idx)
         if state is not None and state.shape[:2] != x.shape[:2]:
             raise ValueError(
-                f"expected cache_params with a convolution state of {tuple(x.shape[:2])} in layer {mixer.layer_idx}, "
+                f"expected cache with a convolution state of {tuple(x.shape[:2])} in layer {mixer.layer_idx}, "
                 f"found {tuple(state.shape[:2])}: start with a new cache after a change of batch or state size"
             )
-        cached = cache_params.update_conv_state(x.detach(), mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
+        cached = cache.update_conv_state(x.detach(), mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
         full = torch.cat([cached[..., : cached.shape[-1] - length], x], dim=-1)
     if mask is None:
         return _convolve(mixer, full, kernel)[..., full.shape[-1] - length :]
@@ -47,8 +47,8 @@ def causal_convolution(
     real = F.pad(mask, (full.shape[-1] - length, 0), value=True)
     order = real.byte().argsort(dim=-1, stable=True)[:, None]
     full = full.gather(-1, order.expand_as(full))
-    if cache_params is not None:
-        state = cache_params.get_conv_state(mixer.layer_idx)
+    if cache is not None:
+        state = cache.get_conv_state(mixer.layer_idx)
         state.copy_(full[..., full.shape[-1] - state.shape[-1] :].detach())
     back = order.argsort(dim=-1)[..., real.shape[-1] - length :]
     y = _convolve(mixer, full, kernel)

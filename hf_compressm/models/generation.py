@@ -32,17 +32,17 @@ def padding_mask(attention_mask: torch.Tensor | None, values: torch.Tensor, has_
     return None if not torch.compiler.is_compiling() and mask.all() else mask
 
 
-def refuse_cache_while_checkpointing(model, cache_params) -> None:
+def refuse_cache_while_checkpointing(model, cache) -> None:
     """Raise a ValueError when gradient checkpointing would run the recurrences twice on a cache."""
-    if cache_params is not None and model.gradient_checkpointing and model.training:
+    if cache is not None and model.gradient_checkpointing and model.training:
         raise ValueError(
-            "gradient checkpointing would run each recurrence twice on `cache_params`: "
+            "gradient checkpointing would run each recurrence twice on `cache`: "
             "pass no cache, or call gradient_checkpointing_disable()"
         )
 
 
 class ChunkedPrefillMixin:
-    """For a `GenerationMixin` whose cache is called `cache_params`."""
+    """For a `GenerationMixin` whose cache is called `cache`."""
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """The prompt in pieces of `prefill_chunk_size`, which transformers offers for `past_key_values` only."""
@@ -56,6 +56,6 @@ class ChunkedPrefillMixin:
             model_kwargs["attention_mask"] = None if attention_mask is None else attention_mask[:, :earlier]
             inputs = self.prepare_inputs_for_generation(chunk, is_first_iteration=is_first_iteration, **model_kwargs)
             outputs = self(**inputs, return_dict=True)
-            model_kwargs["cache_params"] = outputs.cache_params
+            model_kwargs["cache"] = outputs.cache
         model_kwargs["attention_mask"] = attention_mask
         return outputs

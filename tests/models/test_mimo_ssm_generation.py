@@ -27,11 +27,11 @@ def test_pieces_continue_the_cache(make_lm, tokens, pieces, mask_of):
             "all tokens": mask is not None and mask[:, :seen],
         }
         first = mask_of == "all tokens" and cache is None
-        out = model(tokens[:, new], attention_mask=mask[:, new] if first else masks[mask_of], cache_params=cache)
+        out = model(tokens[:, new], attention_mask=mask[:, new] if first else masks[mask_of], cache=cache)
         logits.append(out.logits)
-        cache = out.cache_params
+        cache = out.cache
     torch.testing.assert_close(torch.cat(logits, 1), whole.logits, rtol=1e-4, atol=1e-5)
-    for layer, expected in zip(cache.layers, whole.cache_params.layers, strict=True):
+    for layer, expected in zip(cache.layers, whole.cache.layers, strict=True):
         torch.testing.assert_close(layer.recurrent_states[0], expected.recurrent_states[0], rtol=1e-4, atol=1e-5)
 
 
@@ -42,10 +42,10 @@ def test_padding_changes_no_continuation(make_lm, tokens, side, content):
     filler = torch.full((3, 4), content)
     parts = [filler, tokens] if side == "left" else [tokens, filler]
     masks = [torch.zeros(3, 4), torch.ones(3, 11)] if side == "left" else [torch.ones(3, 11), torch.zeros(3, 4)]
-    cache = model(torch.cat(parts, 1), attention_mask=torch.cat(masks, 1)).cache_params
+    cache = model(torch.cat(parts, 1), attention_mask=torch.cat(masks, 1)).cache
     following = torch.randint(3, 32, (3, 5))
     expected = model(torch.cat([tokens, following], 1)).logits[:, -5:]
-    torch.testing.assert_close(model(following, cache_params=cache).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(following, cache=cache).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 MODES = {
@@ -102,8 +102,8 @@ def test_generation_goes_on_from_a_cache(make_lm, tokens):
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     whole = model.generate(tokens, **options)
     for chunk in (None, 2):
-        cache = model(tokens[:, :7]).cache_params
-        rest = model.generate(tokens[:, 7:], cache_params=cache, prefill_chunk_size=chunk, **options)
+        cache = model(tokens[:, :7]).cache
+        rest = model.generate(tokens[:, 7:], cache=cache, prefill_chunk_size=chunk, **options)
         assert torch.equal(rest[:, -6:], whole[:, -6:])
 
 
@@ -115,7 +115,7 @@ def test_generation_from_embeddings(make_lm, tokens):
 
 
 def test_reordering_moves_the_states_of_all_layers(make_lm, tokens):
-    cache = make_lm()(tokens).cache_params
+    cache = make_lm()(tokens).cache
     before = [layer.recurrent_states[0].clone() for layer in cache.layers]
     cache.reorder_cache(torch.tensor([2, 2, 0]))
     for layer, states in zip(cache.layers, before, strict=True):
@@ -125,46 +125,46 @@ def test_reordering_moves_the_states_of_all_layers(make_lm, tokens):
 
 def test_states_survive_offloading(make_lm, tokens):
     model = make_lm()
-    expected = model(tokens, cache_params=model(tokens).cache_params).logits
-    cache = model(tokens).cache_params
+    expected = model(tokens, cache=model(tokens).cache).logits
+    cache = model(tokens).cache
     for layer in cache.layers:
         assert (layer.device, layer.dtype) == (tokens.device, torch.float32)
         layer.offload()
         layer.prefetch()
-    assert torch.equal(model(tokens, cache_params=cache).logits, expected)
+    assert torch.equal(model(tokens, cache=cache).logits, expected)
 
 
 def test_a_reset_cache_starts_from_nothing(make_lm, tokens):
     model = make_lm()
     out = model(tokens)
-    out.cache_params.reset()
-    assert torch.equal(model(tokens, cache_params=out.cache_params).logits, out.logits)
+    out.cache.reset()
+    assert torch.equal(model(tokens, cache=out.cache).logits, out.logits)
 
 
 def test_states_are_float32_and_of_the_size_of_their_layer(make_lm, tokens):
     model = make_lm().to(torch.bfloat16)
-    layers = model(tokens).cache_params.layers
+    layers = model(tokens).cache.layers
     assert [layer.recurrent_states[0].dtype for layer in layers] == [torch.float32] * 3
     assert [layer.recurrent_states[0].shape for layer in layers] == [(3, 5, 2), (3, 8, 2), (3, 3, 2)]
 
 
 def test_a_cache_of_another_state_size_is_refused(make_lm, tokens):
     model = make_lm()
-    cache = model(tokens).cache_params
+    cache = model(tokens).cache
     model.model.layers[1].mixer.resize_state(4)
     with pytest.raises(ValueError, match=r"h0 of shape \(3, 4, 2\), found \(3, 8, 2\)"):
-        model(tokens, cache_params=cache)
+        model(tokens, cache=cache)
 
 
 def test_training_through_a_cache_stops_gradients_at_the_cache(make_lm, tokens):
     model = make_lm().train()
     cache = DynamicCache(config=model.config)
     for piece in tokens.split(4, dim=1):
-        model(piece, labels=piece, cache_params=cache).loss.backward()
+        model(piece, labels=piece, cache=cache).loss.backward()
     assert all(param.grad.isfinite().all() for param in model.parameters())
 
 
 def test_no_cache_unless_asked_for(make_config, tokens):
     model = MimoSSMModel(make_config(use_cache=False)).eval()
-    assert model(tokens).cache_params is None
-    assert model(tokens, use_cache=True).cache_params is not None
+    assert model(tokens).cache is None
+    assert model(tokens, use_cache=True).cache is not None

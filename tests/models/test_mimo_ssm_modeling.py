@@ -253,7 +253,7 @@ def test_outputs_follow_transformers(make_lm, tokens):
     assert len(cache.layers) == 3
     assert len(hidden_states) == 4
     assert model(tokens).hidden_states is None
-    assert model.train()(tokens).cache_params is None
+    assert model.train()(tokens).cache is None
 
 
 def test_logits_to_keep(make_lm, tokens):
@@ -277,9 +277,9 @@ def test_gradient_checkpointing_changes_no_gradient(make_lm, tokens):
         results.append({name: grad.clone() for name, grad in grads(model).items()})
     for name, grad in results[0].items():
         assert torch.equal(grad, results[1][name]), name
-    assert model(tokens, use_cache=True).cache_params is None
+    assert model(tokens, use_cache=True).cache is None
     with pytest.raises(ValueError, match="gradient checkpointing would run each recurrence twice"):
-        model(tokens, cache_params=DynamicCache(config=model.config))
+        model(tokens, cache=DynamicCache(config=model.config))
 
 
 def test_dropout_acts_in_training_only(make_lm, tokens):

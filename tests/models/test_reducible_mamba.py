@@ -116,12 +116,12 @@ def test_left_padding_and_the_cache_as_in_the_stock_model(family, tokens):
     expected, found = stock(tokens, attention_mask=mask), ours(tokens, attention_mask=mask)
     real = mask.bool()
     close(found.logits[real], expected.logits[real])
-    for a, b in zip(found.cache_params.layers, expected.cache_params.layers, strict=True):
+    for a, b in zip(found.cache.layers, expected.cache.layers, strict=True):
         close(a.conv_states[0], b.conv_states[0])
         close(a.recurrent_states[0], b.recurrent_states[0])
     following = tokens[:, :1]
-    expected = stock(following, cache_params=expected.cache_params).logits
-    close(ours(following, cache_params=found.cache_params).logits, expected)
+    expected = stock(following, cache=expected.cache).logits
+    close(ours(following, cache=found.cache).logits, expected)
 
 
 @both
@@ -190,10 +190,10 @@ def test_kernels_are_left_to_transformers_outside_the_cpu(make_reducible, tokens
     model(tokens)
     assert kernels == ["mamba_inner_fn", "causal_conv1d_fn", "scan_kernel"] * 3
     kernels.clear()
-    cache = model.eval()(tokens).cache_params
+    cache = model.eval()(tokens).cache
     assert kernels == ["causal_conv1d_fn", "scan_kernel"] * 3
     kernels.clear()
-    model(tokens, cache_params=cache)  # no kernel goes on from a state
+    model(tokens, cache=cache)  # no kernel goes on from a state
     assert kernels == ["causal_conv1d_fn"] * 3
 
 
@@ -257,11 +257,11 @@ def test_pieces_continue_the_cache(make_reducible, tokens, family, pieces, padde
     logits, cache, seen = [], None, 0
     for count in pieces:
         seen += count
-        out = model(tokens[:, seen - count : seen], attention_mask=mask[:, :seen], cache_params=cache)
+        out = model(tokens[:, seen - count : seen], attention_mask=mask[:, :seen], cache=cache)
         logits.append(out.logits)
-        cache = out.cache_params
+        cache = out.cache
     close(torch.cat(logits, 1)[mask.bool()], whole.logits[mask.bool()], factor=5)
-    for layer, expected in zip(cache.layers, whole.cache_params.layers, strict=True):
+    for layer, expected in zip(cache.layers, whole.cache.layers, strict=True):
         close(layer.recurrent_states[0], expected.recurrent_states[0], factor=5)
         close(layer.conv_states[0], expected.conv_states[0], factor=5)
 
@@ -276,13 +276,13 @@ def test_padding_anywhere_changes_no_real_token_and_no_continuation(make_reducib
         mask[row, torch.randperm(18)[:11].sort().values] = 1
         spread[row, mask[row].bool()] = tokens[row]
     history = torch.randint(3, 32, (3, before))
-    cache = model(history).cache_params if before else None
-    out = model(spread, attention_mask=mask, cache_params=cache, use_cache=True)
+    cache = model(history).cache if before else None
+    out = model(spread, attention_mask=mask, cache=cache, use_cache=True)
     expected = model(torch.cat([history, tokens], 1))
     close(out.logits[mask.bool()], expected.logits[:, before:].reshape(-1, 32), factor=5)
     following = torch.randint(3, 32, (3, 2))
-    expected = model(following, cache_params=expected.cache_params).logits
-    close(model(following, cache_params=out.cache_params).logits, expected, factor=5)
+    expected = model(following, cache=expected.cache).logits
+    close(model(following, cache=out.cache).logits, expected, factor=5)
 
 
 @both
@@ -347,14 +347,14 @@ def test_generation_goes_on_from_a_cache(make_reducible, tokens, family):
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     whole = model.generate(tokens, **options)
     for chunk in (None, 2):
-        cache = model(tokens[:, :7]).cache_params
-        rest = model.generate(tokens[:, 7:], cache_params=cache, prefill_chunk_size=chunk, **options)
+        cache = model(tokens[:, :7]).cache
+        rest = model.generate(tokens[:, 7:], cache=cache, prefill_chunk_size=chunk, **options)
         assert torch.equal(rest[:, -6:], whole[:, -6:])
 
 
 @every_family
 def test_states_are_float32_and_of_the_size_of_their_layer(make_reducible, tokens, family):
-    layers = make_reducible(family).to(torch.bfloat16)(tokens).cache_params.layers
+    layers = make_reducible(family).to(torch.bfloat16)(tokens).cache.layers
     assert [layer.recurrent_states[0].dtype for layer in layers] == [torch.float32] * 3
     assert [layer.recurrent_states[0].shape[-1] for layer in layers] == [5, 8, 3]
 
@@ -362,14 +362,14 @@ def test_states_are_float32_and_of_the_size_of_their_layer(make_reducible, token
 @both
 def test_a_cache_of_another_state_size_is_refused(make_reducible, tokens, family):
     model = make_reducible(family)
-    cache = model(tokens).cache_params
+    cache = model(tokens).cache
     mixers(model)[1].resize_state(4)
     found = {
         "mamba": "expected h0 of shape",
-        "mamba2": r"expected cache_params .* \(3, 40\) in layer 1, found \(3, 56\)",
+        "mamba2": r"expected cache .* \(3, 40\) in layer 1, found \(3, 56\)",
     }
     with pytest.raises(ValueError, match=found[family]):
-        model(tokens, cache_params=cache)
+        model(tokens, cache=cache)
 
 
 # Training
@@ -380,7 +380,7 @@ def test_training_through_a_cache_stops_gradients_at_the_cache(make_reducible, t
     model = make_reducible(family).train()
     cache = DynamicCache(config=model.config)
     for piece in tokens.split(4, dim=1):
-        model(piece, labels=piece, cache_params=cache).loss.backward()
+        model(piece, labels=piece, cache=cache).loss.backward()
     assert all(param.grad.isfinite().all() for param in model.parameters())
 
 
@@ -398,7 +398,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_reducible, tokens,
     for name, param in model.named_parameters():
         close(param.grad, expected[name], msg=name)
     with pytest.raises(ValueError, match=r"pass no cache, or call gradient_checkpointing_disable\(\)"):
-        model(tokens, cache_params=DynamicCache(config=model.config))
+        model(tokens, cache=DynamicCache(config=model.config))
 
 
 @every_family
@@ -585,5 +585,5 @@ def test_trainer_resumes_into_another_size(make_reducible, tokens, family, tmp_p
 
 def test_the_base_model_alone(tokens):
     model = ReducibleMambaModel(ReducibleMambaConfig(**SIZES, use_cache=False)).eval()
-    assert model(tokens).cache_params is None
-    assert model(tokens, use_cache=True).cache_params is not None
+    assert model(tokens).cache is None
+    assert model(tokens, use_cache=True).cache is not None

@@ -212,13 +212,13 @@ def test_limits_of_the_time_step_hold_in_decoding_and_not_for_padding(make_reduc
     assert (whole.logits - unlimited(tokens).logits).abs().max() > 1e-2
     cache = None
     for t in range(11):
-        out = model(tokens[:, t : t + 1], cache_params=cache)
-        cache = out.cache_params
+        out = model(tokens[:, t : t + 1], cache=cache)
+        cache = out.cache
         torch.testing.assert_close(out.logits, whole.logits[:, t : t + 1], rtol=1e-4, atol=1e-4)
     padded = torch.cat([tokens, torch.full((3, 2), 7)], 1)
     mask = (torch.arange(13) < 11).expand(3, 13)
-    cache = model(padded, attention_mask=mask).cache_params
-    for layer, expected in zip(cache.layers, whole.cache_params.layers, strict=True):
+    cache = model(padded, attention_mask=mask).cache
+    for layer, expected in zip(cache.layers, whole.cache.layers, strict=True):
         torch.testing.assert_close(layer.recurrent_states[0], expected.recurrent_states[0], rtol=1e-4, atol=1e-5)
 
 
@@ -256,10 +256,10 @@ def test_kernels_are_left_to_transformers_and_the_fused_one_not_where_there_are_
     mapped, plain = ["causal_conv1d_fn", "scan_kernel"], "mamba2_split_conv1d_scan_combined"
     assert kernels == [*mapped, plain, *mapped, plain, *mapped]
     kernels.clear()
-    cache = model.eval()(tokens).cache_params
+    cache = model.eval()(tokens).cache
     assert kernels == mapped * 3
     kernels.clear()
-    model(tokens, cache_params=cache)  # the kernel goes on from a state
+    model(tokens, cache=cache)  # the kernel goes on from a state
     assert kernels == mapped * 3
 
 

@@ -27,7 +27,7 @@ class ReducibleMambaConfig(StockConfigMixin, MambaConfig):
 
     model_type = "reducible_mamba"
     stock_model_type = MambaConfig.model_type
-    keys_to_ignore_at_inference = ["cache_params"]
+    keys_to_ignore_at_inference = ["cache"]
 
     def validate_architecture(self) -> None:
         """Checks that one field's type cannot tell; runs after construction and before saving."""

@@ -91,23 +91,23 @@ class ReducibleMambaMixer(NoWeightDecayMixin, MambaMixer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """`hidden_states (batch, L, hidden_size)`, `attention_mask (batch, L)` 0 at padding, or None."""
         mask = None if attention_mask is None else attention_mask.bool()
         on_cpu = hidden_states.device.type == "cpu"
-        h0 = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
+        h0 = None if cache is None else cache.get_recurrent_state(self.layer_idx)
         use_kernels = not on_cpu and mask is None
         if use_kernels and h0 is not None and hidden_states.shape[1] == 1:
-            return super().forward(hidden_states, cache_params=cache_params)
+            return super().forward(hidden_states, cache=cache)
         xz = self.in_proj(hidden_states).transpose(1, 2)
-        if use_kernels and self.training and cache_params is None and (fused := self._fused(xz)) is not None:
+        if use_kernels and self.training and cache is None and (fused := self._fused(xz)) is not None:
             return fused
 
         x, z = xz.chunk(2, dim=1)
-        x = causal_convolution(self, x, mask, cache_params, causal_conv1d_fn)
+        x = causal_convolution(self, x, mask, cache, causal_conv1d_fn)
         sizes = [self.time_step_rank, self.state_size, self.state_size]
         delta, B, C = self.x_proj(x.transpose(1, 2)).split(sizes, dim=-1)
         delta = self.dt_proj.weight @ delta.transpose(1, 2)
@@ -131,8 +131,8 @@ class ReducibleMambaMixer(NoWeightDecayMixin, MambaMixer):
             delta_bias=self.dt_proj.bias.to(wide),
             **options,
         )
-        if cache_params is not None:
-            cache_params.update_recurrent_state(state.detach(), self.layer_idx)
+        if cache is not None:
+            cache.update_recurrent_state(state.detach(), self.layer_idx)
         return self.out_proj(y.transpose(1, 2).to(hidden_states.dtype))
 
     def _fused(self, xz: torch.Tensor) -> torch.Tensor | None:
@@ -222,19 +222,19 @@ class ReducibleMambaModel(ReducibleMambaPreTrainedModel, MambaModel):
         self,
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | MambaOutput:
         """As the stock model's; `attention_mask` may be longer than the input when there is a cache.
 
         Raises:
-            ValueError: a mask that does not fit, or `cache_params` together with gradient checkpointing.
+            ValueError: a mask that does not fit, or `cache` together with gradient checkpointing.
         """
-        refuse_cache_while_checkpointing(self, cache_params)
+        refuse_cache_while_checkpointing(self, cache)
         values = input_ids if inputs_embeds is None else inputs_embeds
-        mask = padding_mask(attention_mask, values, has_cache=cache_params is not None)
-        return super().forward(input_ids, inputs_embeds, cache_params, attention_mask=mask, **kwargs)
+        mask = padding_mask(attention_mask, values, has_cache=cache is not None)
+        return super().forward(input_ids, inputs_embeds, cache, attention_mask=mask, **kwargs)
 
 
 def _refuse_packed_sequences(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -33,7 +33,7 @@ class ReducibleMamba2Config(StockConfigMixin, Mamba2Config):
 
     model_type = "reducible_mamba2"
     stock_model_type = Mamba2Config.model_type
-    keys_to_ignore_at_inference = ["cache_params"]
+    keys_to_ignore_at_inference = ["cache"]
 
     conv_state_size: int | None = None
 

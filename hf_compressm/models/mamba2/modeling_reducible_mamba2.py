@@ -121,7 +121,7 @@ class ReducibleMamba2Mixer(NoWeightDecayMixin, Mamba2Mixer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         **kwargs,
@@ -134,13 +134,13 @@ class ReducibleMamba2Mixer(NoWeightDecayMixin, Mamba2Mixer):
         mask = None if mask is None else mask.bool()
         length = hidden_states.shape[1]
         on_cpu = hidden_states.device.type == "cpu"
-        state = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
+        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
         one_more = state is not None and length == 1
         use_stock = not on_cpu and mask is None and self.B_map is None
         if use_stock and one_more and tuple(self.time_step_limit) == (0.0, math.inf):
-            return super().forward(hidden_states, cache_params=cache_params, **kwargs)
+            return super().forward(hidden_states, cache=cache, **kwargs)
         projected = self.in_proj(hidden_states)
-        if use_stock and self.training and cache_params is None:
+        if use_stock and self.training and cache is None:
             fused = self._fused(projected, **kwargs)
             if fused is not None:
                 return fused
@@ -151,7 +151,7 @@ class ReducibleMamba2Mixer(NoWeightDecayMixin, Mamba2Mixer):
                 "them apart, on a GPU, in layers without maps and in batches without padding"
             )
         gate, xBC, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-        xBC = causal_convolution(self, xBC.transpose(1, 2), mask, cache_params, causal_conv1d_fn)
+        xBC = causal_convolution(self, xBC.transpose(1, 2), mask, cache, causal_conv1d_fn)
         x, B, C = self._split(xBC.transpose(1, 2))
         if mask is not None:
             dt = dt.masked_fill(~mask[..., None], _NO_STEP)
@@ -177,8 +177,8 @@ class ReducibleMamba2Mixer(NoWeightDecayMixin, Mamba2Mixer):
             initial_states=state,
             **options,
         )
-        if cache_params is not None:
-            cache_params.update_recurrent_state(state.detach(), self.layer_idx)
+        if cache is not None:
+            cache.update_recurrent_state(state.detach(), self.layer_idx)
         return self.out_proj(self.norm(y.flatten(2), gate).to(hidden_states.dtype))
 
     def _split(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -337,20 +337,20 @@ class ReducibleMamba2Model(ReducibleMamba2PreTrainedModel, Mamba2Model):
         self,
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | Mamba2Output:
         """As the stock model's; `attention_mask` may be longer than the input when there is a cache.
 
         Raises:
-            ValueError: a mask that does not fit, or `cache_params` together with gradient checkpointing.
+            ValueError: a mask that does not fit, or `cache` together with gradient checkpointing.
         """
-        refuse_cache_while_checkpointing(self, cache_params)
+        refuse_cache_while_checkpointing(self, cache)
         values = input_ids if inputs_embeds is None else inputs_embeds
-        mask = padding_mask(attention_mask, values, has_cache=cache_params is not None)
+        mask = padding_mask(attention_mask, values, has_cache=cache is not None)
         # The stock model would drop the mask of a single token, which may be padding when a prompt comes in pieces.
-        return super().forward(input_ids, inputs_embeds, cache_params, token_mask=mask, **kwargs)
+        return super().forward(input_ids, inputs_embeds, cache, token_mask=mask, **kwargs)
 
 
 class ReducibleMamba2ForCausalLM(ReducibleMamba2PreTrainedModel, ChunkedPrefillMixin, Mamba2ForCausalLM):

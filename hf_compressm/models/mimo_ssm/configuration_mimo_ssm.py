@@ -45,7 +45,7 @@ class MimoSSMConfig(PreTrainedConfig):
     """
 
     model_type = "mimo_ssm"
-    keys_to_ignore_at_inference = ["cache_params"]
+    keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int | None = None
     input_size: int | None = None

@@ -28,12 +28,12 @@ from .configuration_mimo_ssm import MimoSSMConfig
 class MimoSSMModelOutput(ModelOutput):
     """Output of [`MimoSSMModel`].
 
-    `last_hidden_state (batch, L, hidden_size)`; `cache_params`: the recurrent state after the last token, to be passed
+    `last_hidden_state (batch, L, hidden_size)`; `cache`: the recurrent state after the last token, to be passed
     to the next call; `hidden_states`: embeddings and the output of each block, the last one normalised.
     """
 
     last_hidden_state: torch.Tensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
@@ -43,7 +43,7 @@ class MimoSSMCausalLMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
@@ -89,13 +89,13 @@ class LRU(NoWeightDecayMixin, nn.Module):
         return self.nu_log.shape[0]
 
     def forward(
-        self, u: torch.Tensor, mask: torch.Tensor | None = None, cache_params: Cache | None = None
+        self, u: torch.Tensor, mask: torch.Tensor | None = None, cache: Cache | None = None
     ) -> torch.Tensor:
         """`u (batch, L, hidden_size)`, `mask (batch, L)` False where the state stays as it is; returns y like u."""
         nu = torch.exp(self.nu_log.to(torch.promote_types(self.nu_log.dtype, torch.float32)))
         radius, theta = torch.exp(-nu), self.theta.to(nu.dtype)
         gamma = torch.sqrt(-torch.expm1(-2 * nu))[:, None]
-        state = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
+        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
         y, state = lru_scan(
             u,
             radius * torch.cos(theta),
@@ -107,14 +107,14 @@ class LRU(NoWeightDecayMixin, nn.Module):
             h0=state,
             mask=mask,
         )
-        if cache_params is not None:
-            self._store_state(cache_params, state)
+        if cache is not None:
+            self._store_state(cache, state)
         return y + self.D * u
 
-    def _store_state(self, cache_params: Cache, state: torch.Tensor) -> None:
-        cache_params.update_recurrent_state(state.detach(), self.layer_idx)
+    def _store_state(self, cache: Cache, state: torch.Tensor) -> None:
+        cache.update_recurrent_state(state.detach(), self.layer_idx)
         # The cache sets these with a convolution's state, and this layer has none.
-        layer = cache_params.layers[self.layer_idx]
+        layer = cache.layers[self.layer_idx]
         layer.has_previous_state[0] = True
         layer.dtype, layer.device = state.dtype, state.device
 
@@ -162,9 +162,9 @@ class MimoSSMBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, cache_params: Cache | None = None
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, cache: Cache | None = None
     ) -> torch.Tensor:
-        mixed = self.mixer(self.norm(hidden_states), mask=mask, cache_params=cache_params)
+        mixed = self.mixer(self.norm(hidden_states), mask=mask, cache=cache)
         gated = nn.functional.glu(self.gate(self.dropout(nn.functional.gelu(mixed))), dim=-1)
         return hidden_states + self.dropout(gated)
 
@@ -230,7 +230,7 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         input_values: torch.Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MimoSSMModelOutput:
@@ -238,28 +238,28 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
 
         Args:
             input_ids: (batch, L), for models with a `vocab_size`.
-            attention_mask: (batch, L), 0 for padding: it changes no state and no other token. With `cache_params` it
+            attention_mask: (batch, L), 0 for padding: it changes no state and no other token. With `cache` it
                 may also cover the earlier tokens; its last L columns count.
             inputs_embeds: (batch, L, hidden_size), instead of embedded tokens.
             input_values: (batch, L, input_size), or (batch, L) when `input_size` is 1.
-            cache_params: the states to go on from, as returned by an earlier call; they change in place.
+            cache: the states to go on from, as returned by an earlier call; they change in place.
             use_cache: whether to return the states; by default `config.use_cache`, and not in training.
 
         Raises:
             ValueError: none or several inputs, an input that the config has no size for, a mask that does not fit, or
-                `cache_params` together with gradient checkpointing.
+                `cache` together with gradient checkpointing.
         """
-        refuse_cache_while_checkpointing(self, cache_params)
+        refuse_cache_while_checkpointing(self, cache)
         if self.gradient_checkpointing and self.training:
             use_cache = False
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        hidden_states, mask = self._embed(input_ids, inputs_embeds, input_values, attention_mask, cache_params)
-        if use_cache and cache_params is None:
-            cache_params = DynamicCache(config=self.config)
+        hidden_states, mask = self._embed(input_ids, inputs_embeds, input_values, attention_mask, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask=mask, cache_params=cache_params)
+            hidden_states = layer(hidden_states, mask=mask, cache=cache)
         return MimoSSMModelOutput(
-            last_hidden_state=self.norm(hidden_states), cache_params=cache_params if use_cache else None
+            last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None
         )
 
     def _embed(
@@ -268,7 +268,7 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         input_values: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        cache_params: Cache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings, free of what padding held (NaN included), and the mask of the tokens given now."""
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "input_values": input_values}
@@ -280,7 +280,7 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
         if input_values is not None and self.input_proj is None:
             raise ValueError("found input_values, but the config has no input_size: set it, or pass input_ids")
         values = inputs[given[0]]
-        mask = padding_mask(attention_mask, values, has_cache=cache_params is not None)
+        mask = padding_mask(attention_mask, values, has_cache=cache is not None)
         if input_ids is not None:
             return self.embed_tokens(input_ids), mask
         if input_values is not None:
@@ -316,7 +316,7 @@ class MimoSSMForCausalLM(MimoSSMPreTrainedModel, ChunkedPrefillMixin, Generation
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         # generate() would create a cache named past_key_values and ask for its length, which recurrent states do not
-        # have; so the first forward pass creates it, under the name cache_params.
+        # have; so the first forward pass creates it, under the name cache.
         return False
 
     @can_return_tuple
@@ -327,7 +327,7 @@ class MimoSSMForCausalLM(MimoSSMPreTrainedModel, ChunkedPrefillMixin, Generation
         inputs_embeds: torch.Tensor | None = None,
         input_values: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -343,7 +343,7 @@ class MimoSSMForCausalLM(MimoSSMPreTrainedModel, ChunkedPrefillMixin, Generation
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
-            cache_params=cache_params,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
@@ -352,7 +352,7 @@ class MimoSSMForCausalLM(MimoSSMPreTrainedModel, ChunkedPrefillMixin, Generation
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MimoSSMCausalLMOutput(
-            loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
 
 
