@@ -42,10 +42,10 @@ def refuse_cache_while_checkpointing(model, cache) -> None:
 
 
 class ChunkedPrefillMixin:
-    """For a `GenerationMixin` whose cache is called `cache`."""
+    """For a `GenerationMixin` whose cache holds recurrent states only, which have no length."""
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """The prompt in pieces of `prefill_chunk_size`, which transformers offers for `past_key_values` only."""
+        """The prompt in pieces of `prefill_chunk_size`, which transformers offers for caches with a length only."""
         size = generation_config.prefill_chunk_size
         if size is None or model_kwargs.get("inputs_embeds") is not None or not model_kwargs.get("use_cache"):
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)

@@ -315,8 +315,8 @@ class MimoSSMForCausalLM(MimoSSMPreTrainedModel, ChunkedPrefillMixin, Generation
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # generate() would create a cache named past_key_values and ask for its length, which recurrent states do not
-        # have; so the first forward pass creates it, under the name cache.
+        # generate() would create a cache and ask for its length, which recurrent states do not have; so the first
+        # forward pass creates it.
         return False
 
     @can_return_tuple
