@@ -51,13 +51,16 @@ class SSDSignals:
         return self.B.shape[2]
 
 
-def ssd_states(signals: SSDSignals, A: Tensor, stride: int = 1) -> Iterator[tuple[int, Tensor]]:
+def ssd_states(
+    signals: SSDSignals, A: Tensor, stride: int = 1, h0: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """States at every `stride`-th time step, and at the last.
 
     Args:
         signals: the layer's.
         A: (H,), negative.
         stride: how many steps to take at once.
+        h0: (batch, H, P, n), the state before the first step; None is zero.
 
     Yields:
         The time, and the states then, (batch, G, channels of the group, n).
@@ -66,7 +69,8 @@ def ssd_states(signals: SSDSignals, A: Tensor, stride: int = 1) -> Iterator[tupl
     groups, n = signals.B.shape[2:]
     grouped = (batch, -1, groups, heads // groups, channels)
     A = A.to(signals.x)
-    h = signals.x.new_zeros(batch, groups, heads // groups, channels, n)
+    h = signals.x.new_zeros(batch, heads, channels, n) if h0 is None else h0.to(signals.x)
+    h = h.unflatten(1, (groups, -1))
     for start in range(0, length, stride):
         span = slice(start, min(start + stride, length))
         exponents = signals.dt[:, span] * A
@@ -78,8 +82,11 @@ def ssd_states(signals: SSDSignals, A: Tensor, stride: int = 1) -> Iterator[tupl
         yield span.stop - 1, h.flatten(2, 3)
 
 
-def instantaneous_sums(signals: SSDSignals, A: Tensor, stride: int = 1) -> dict[str, Tensor]:
+def instantaneous_sums(signals: SSDSignals, A: Tensor, stride: int = 1, h0: Tensor | None = None) -> dict[str, Tensor]:
     """Sums over tokens from which the Gramians follow, float64; they add up over calls.
+
+    Args:
+        signals, A, stride, h0: as for `ssd_states`.
 
     Returns:
         "P": of `sum_p w h h^T` (G, n, n); "M": of `sum_p w (C * h)(C * h)^T` (G, n, n), whose quadratic form in the
@@ -91,7 +98,7 @@ def instantaneous_sums(signals: SSDSignals, A: Tensor, stride: int = 1) -> dict[
     root = signals.weight.sqrt().unflatten(2, (groups, -1)).flatten(3)
     P = M = torch.zeros(groups, n, n, dtype=torch.float64, device=float64_device(signals.x.device))
     counted = 0
-    for t, h in ssd_states(signals, A, stride):
+    for t, h in ssd_states(signals, A, stride, h0):
         weighted = h * root[:, t, ..., None]
         read = (weighted * signals.C[:, t, :, None]).transpose(0, 1).flatten(1, 2)
         weighted = weighted.transpose(0, 1).flatten(1, 2)

@@ -11,7 +11,7 @@ reduction of nonlinear control systems*, 2002, for the averages).
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .balancing import Balancing
 from .refit import TokenMoments, centred_refit
-from .systems import IllConditioned, promote
+from .systems import IllConditioned, float64_device, promote
 
 _CHUNK_ELEMENTS = 2**21  # of states held at once
 _MOMENT_ELEMENTS = 2**22  # of the moments that a refit keeps; beyond that not of all tokens
@@ -72,13 +72,16 @@ class SelectiveSignals:
         return SelectiveSignals(u, delta, self.B, self.C, weight, self.mask)
 
 
-def scan_chunks(delta: Tensor, drive: Tensor, direction: Tensor, A: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def scan_chunks(
+    delta: Tensor, drive: Tensor, direction: Tensor, A: Tensor, h0: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """States of `h_t = exp(delta_t A) h_{t-1} + drive_t direction_t` in chunks of time.
 
     Args:
         delta, drive: (L, batch, D).
         direction: (L, batch, n).
         A: (D, n).
+        h0: (batch, D, n), the state before the first step; None is zero.
 
     Yields:
         The slice of time, and the states there (steps, batch, D, n), in memory that the next chunk uses again.
@@ -86,7 +89,7 @@ def scan_chunks(delta: Tensor, drive: Tensor, direction: Tensor, A: Tensor) -> I
     length, batch, channels = delta.shape
     steps = max(1, min(length, _CHUNK_ELEMENTS // max(1, batch * A.numel())))
     states, decays = (delta.new_empty(steps, batch, channels, A.shape[1]) for _ in range(2))
-    carried = delta.new_zeros(batch, channels, A.shape[1])
+    carried = delta.new_zeros(batch, channels, A.shape[1]) if h0 is None else h0
     A = A.to(delta) * math.log2(math.e)  # the exponential to base 2 is the faster one
     for start in range(0, length, steps):
         span = slice(start, min(start + steps, length))
@@ -100,16 +103,24 @@ def scan_chunks(delta: Tensor, drive: Tensor, direction: Tensor, A: Tensor) -> I
         yield span, state
 
 
-def state_gramian(signals: SelectiveSignals, A: Tensor) -> Tensor:
+def state_gramian(pieces: Iterable[SelectiveSignals], A: Tensor) -> Tensor:
     """Sum of `h h^T` over the counted tokens and the channels: (n, n), float64.
 
     Divided by the number of terms it is the controllability Gramian of the layer under its actual inputs.
+
+    Args:
+        pieces: the signals of consecutive spans of time, each needed only while it is at hand.
+        A: (D, n).
     """
-    s = signals.time_major
-    return _outer_sum(s.delta, s.delta * s.u, s.B, A, s.mask)
+    total, state = _zero_gramian(A), None
+    for signals in pieces:
+        s = signals.time_major
+        part, state = _outer_sum(s.delta, s.delta * s.u, s.B, A, s.mask, state)
+        total += part
+    return total
 
 
-def adjoint_gramian(signals: SelectiveSignals, A: Tensor, generator: torch.Generator) -> Tensor:
+def adjoint_gramian(pieces: Iterable[SelectiveSignals], A: Tensor, generator: torch.Generator) -> Tensor:
     """Sum of `l l^T` over the counted tokens and the channels, an unbiased estimate: (n, n), float64.
 
     `l_t = C_t sqrt(w_t) xi_t + exp(delta_{t+1} A) l_{t+1}` with independent `xi = +-1`, so that the mean of
@@ -117,23 +128,38 @@ def adjoint_gramian(signals: SelectiveSignals, A: Tensor, generator: torch.Gener
     `Q_t = w_t C_t C_t^T + exp(delta_{t+1} A) Q_{t+1} exp(delta_{t+1} A)`.
 
     Args:
-        signals, A: as everywhere.
+        pieces: as for `state_gramian`, but the last span first.
+        A: (D, n).
         generator: on the CPU; of the signs.
     """
-    s = signals.time_major
-    signs = torch.randint(0, 2, s.u.shape, generator=generator, dtype=torch.int8).to(s.u.device) * 2 - 1
-    drive = (s.weight.sqrt() * signs).flip(0)
-    # from time t the adjoint goes to t - 1 with the decay of time t: reversed, the time steps lag by one
-    delta = torch.cat([torch.zeros_like(s.delta[:1]), s.delta.flip(0)[:-1]])
-    return _outer_sum(delta, drive, s.C.flip(0), A, None if s.mask is None else s.mask.flip(0))
-
-
-def _outer_sum(delta: Tensor, drive: Tensor, direction: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
-    total = 0.0
-    for span, states in scan_chunks(delta, drive, direction, A):
-        counted = states.flatten(0, 2) if mask is None else states[mask[span]].flatten(0, 1)
-        total = total + promote(counted.mT @ counted, torch.float64)
+    total, state, after = _zero_gramian(A), None, None
+    for signals in pieces:
+        s = signals.time_major
+        signs = torch.randint(0, 2, s.u.shape, generator=generator, dtype=torch.int8).to(s.u.device) * 2 - 1
+        drive = (s.weight.sqrt() * signs).flip(0)
+        # from time t the adjoint goes to t - 1 with the decay of time t: reversed, the time steps lag by one
+        after = torch.zeros_like(s.delta[:1]) if after is None else after
+        delta = torch.cat([after, s.delta.flip(0)[:-1]])
+        after = s.delta[:1]
+        part, state = _outer_sum(delta, drive, s.C.flip(0), A, None if s.mask is None else s.mask.flip(0), state)
+        total += part
     return total
+
+
+def _zero_gramian(A: Tensor) -> Tensor:
+    return torch.zeros(A.shape[1], A.shape[1], dtype=torch.float64, device=float64_device(A.device))
+
+
+def _outer_sum(
+    delta: Tensor, drive: Tensor, direction: Tensor, A: Tensor, mask: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the outer products of the states after `state`, and the last of these."""
+    total = _zero_gramian(A)
+    for span, states in scan_chunks(delta, drive, direction, A, state):
+        counted = states.flatten(0, 2) if mask is None else states[mask[span]].flatten(0, 1)
+        total += promote(counted.mT @ counted, torch.float64)
+        state = states[-1].clone()
+    return total, state
 
 
 def outputs(signals: SelectiveSignals, A: Tensor) -> Tensor:
@@ -154,8 +180,7 @@ class SelectiveReduction:
         M: `C_t -> M C_t`, (r, n), float64.
         A: the new diagonals (D, r), negative, float64.
         method: the candidate's name.
-        relative_error: root mean square error of the weighted outputs relative to their own, on tokens held out
-            from every fit (they do enter the Gramians).
+        relative_error: root mean square error of the weighted outputs relative to their own, on inputs held out.
         errors: the same for every candidate that was tried.
     """
 

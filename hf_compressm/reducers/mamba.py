@@ -1,6 +1,7 @@
 """Mamba (S6) layers, stock and reducible: selective, with a diagonal state matrix per channel."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,22 +23,26 @@ from ..mor import (
 )
 from ..surgery import GradientMap, resize_parameter_
 from .base import Reduction, StateReducer, register_reducer
-from .observing import ObservingReducer, causal_convolution, linear
+from .observing import ObservingReducer, causal_convolution, linear, with_context
 
 # States per forward pass that enter the Gramians. Beyond that a share of the channels does, others in the next pass.
 _STATES_PER_PASS = 2**26
 
 
-def mamba_signals(mixer: MambaMixer, hidden: Tensor, mask: Tensor | None, counts: Tensor | None = None):
+def mamba_signals(
+    mixer: MambaMixer, hidden: Tensor, mask: Tensor | None, counts: Tensor | None = None, context: int = 0
+) -> SelectiveSignals:
     """What the scan of a mixer reads for the inputs `hidden` (batch, L, hidden_size), and the weight of its outputs.
 
     A squared error of an output is weighted with what follows it: the gate's square and the norm of the column of
-    `out_proj`. The mask (batch, L) is False at padding; `counts` is False where outputs do not matter.
+    `out_proj`. The mask (batch, L) is False at padding; `counts` is False where outputs do not matter. The first
+    `context` time steps feed the convolution only.
     """
     dtype = torch.promote_types(mixer.A_log.dtype, torch.float32)
     real = 1.0 if mask is None else mask[..., None]
     u, gate = linear(mixer.in_proj, hidden.to(dtype) * real).chunk(2, dim=-1)
     u = mixer.act(causal_convolution(mixer.conv1d, u)) * real
+    u, gate, mask = u[:, context:], gate[:, context:], None if mask is None else mask[:, context:]
     n = mixer.ssm_state_size
     step, B, C = linear(mixer.x_proj, u).split([mixer.time_step_rank, n, n], dim=-1)
     weight = F.silu(gate).square() * mixer.out_proj.weight.to(dtype).square().sum(0)
@@ -64,13 +69,23 @@ class MambaReducer(ObservingReducer):
         self._balancing: Balancing | None = None
         self._calibration: SelectiveCalibration | None = None
 
-    def _accumulate(self, hidden: Tensor, mask: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
-        signals = mamba_signals(self.module, hidden, mask)
-        A = -torch.exp(self.module.A_log.to(signals.u.dtype))
+    def _accumulate(
+        self, hidden: Tensor, mask: Tensor | None, spans: list[slice], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        A = -torch.exp(self.module.A_log.to(torch.promote_types(self.module.A_log.dtype, torch.float32)))
         step = math.ceil(hidden.shape[0] * hidden.shape[1] * A.numel() / _STATES_PER_PASS)
-        signals, A = signals.channels(self._passes % step, step), A[self._passes % step :: step]
-        P, Q = state_gramian(signals, A), adjoint_gramian(signals, A, generator)
-        return {"P": P, "Q": Q, "terms": P.new_tensor(signals.tokens * len(A))}
+        first = self._passes % step
+
+        @lru_cache(maxsize=1)  # the last span forwards is the first one backwards
+        def signals(index: int) -> SelectiveSignals:
+            part, part_mask, context = with_context(hidden, mask, spans[index], self.module.conv_kernel_size)
+            return mamba_signals(self.module, part, part_mask, context=context).channels(first, step)
+
+        A = A[first::step]
+        P = state_gramian(map(signals, range(len(spans))), A)
+        Q = adjoint_gramian(map(signals, reversed(range(len(spans)))), A, generator)
+        tokens = hidden.shape[0] * hidden.shape[1] if mask is None else int(mask.sum())
+        return {"P": P, "Q": Q, "terms": P.new_tensor(tokens * len(A))}
 
     @torch.no_grad()
     def spectrum(self) -> Spectrum:

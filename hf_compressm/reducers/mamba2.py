@@ -28,7 +28,7 @@ from ..mor import (
 from ..ops import ssd_scan
 from ..surgery import GradientMap, resize_parameter_
 from .base import Reduction, StateReducer, register_reducer
-from .observing import ObservingReducer, causal_convolution, linear
+from .observing import ObservingReducer, add_sums, causal_convolution, linear, with_context
 
 # States per forward pass that enter the Gramians. Beyond that only every second, third, ... time step does.
 _STATES_PER_PASS = 2**26
@@ -49,11 +49,13 @@ class RowSelection(GradientMap):
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's scan for some inputs: what it reads, its decay rates and its outputs without the feedthrough."""
+    """A layer's scan for some inputs: what it reads, its decay rates, its outputs without the feedthrough, and the
+    state after them."""
 
     signals: SSDSignals
     A: Tensor
     y: Tensor
+    state: Tensor
 
     @cached_property
     def power(self) -> Tensor:
@@ -72,12 +74,19 @@ class _Layer:
         return self.group_sums(y - self.y)
 
 
-def mamba2_layer(mixer: Mamba2Mixer, hidden: Tensor, mask: Tensor | None, counts: Tensor | None = None) -> _Layer:
+def mamba2_layer(
+    mixer: Mamba2Mixer,
+    hidden: Tensor,
+    mask: Tensor | None,
+    counts: Tensor | None = None,
+    context: int = 0,
+    h0: Tensor | None = None,
+) -> _Layer:
     """What the scan of a mixer does with the inputs `hidden` (batch, L, hidden_size), and the weight of its outputs.
 
     A squared error of an output is weighted with what follows it: gate, normalisation (by its present size) and the
     norm of the column of `out_proj`. The mask (batch, L) is False at padding; `counts` is False where outputs do not
-    matter.
+    matter. The first `context` time steps feed the convolution only; the scan goes on from the state `h0`.
     """
     dtype = torch.promote_types(mixer.A_log.dtype, torch.float32)
     real = 1.0 if mask is None else mask[..., None]
@@ -85,6 +94,8 @@ def mamba2_layer(mixer: Mamba2Mixer, hidden: Tensor, mask: Tensor | None, counts
     projected = linear(mixer.in_proj, hidden.to(dtype) * real)
     gate, xBC, dt = projected.split([inner, mixer.conv_dim, mixer.num_heads], dim=-1)
     xBC = mixer.act(causal_convolution(mixer.conv1d, xBC)) * real
+    gate, xBC, dt = (part[:, context:] for part in (gate, xBC, dt))
+    mask = None if mask is None else mask[:, context:]
     channels = (mixer.conv_dim - inner) // 2
     x, B, C = xBC.split([inner, channels, channels], dim=-1)
     B, C = (vectors.unflatten(-1, (groups, -1)) for vectors in (B, C))
@@ -93,11 +104,11 @@ def mamba2_layer(mixer: Mamba2Mixer, hidden: Tensor, mask: Tensor | None, counts
     x = x.unflatten(-1, (mixer.num_heads, -1))
     dt = F.softplus(dt + mixer.dt_bias.to(dtype)).clamp(*mixer.time_step_limit)
     A = -torch.exp(mixer.A_log.to(dtype))
-    y, _ = ssd_scan(x, dt, A, B, C, mask=mask)
+    y, state = ssd_scan(x, dt, A, B, C, h0, mask)
     weight = _output_weight(mixer, y, x, gate)
     if counts is not None:
         weight = weight * counts[..., None, None]
-    return _Layer(SSDSignals(x, dt, B, C, weight, mask), A, y)
+    return _Layer(SSDSignals(x, dt, B, C, weight, mask), A, y, state)
 
 
 def _output_weight(mixer: Mamba2Mixer, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
@@ -136,10 +147,18 @@ class Mamba2Reducer(ObservingReducer):
         if config.model_type == Mamba2Config.model_type:
             config.state_size = self.state_size
 
-    def _accumulate(self, hidden: Tensor, mask: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
-        layer = mamba2_layer(self.module, hidden, mask)
+    def _accumulate(
+        self, hidden: Tensor, mask: Tensor | None, spans: list[slice], generator: torch.Generator
+    ) -> dict[str, Tensor]:
         elements = hidden.shape[0] * hidden.shape[1] * self.module.intermediate_size * self.state_size
-        return instantaneous_sums(layer.signals, layer.A, stride=math.ceil(elements / _STATES_PER_PASS))
+        sums, state = {}, None
+        for span in spans:
+            part, part_mask, context = with_context(hidden, mask, span, self.module.conv_kernel_size)
+            layer = mamba2_layer(self.module, part, part_mask, context=context, h0=state)
+            found = instantaneous_sums(layer.signals, layer.A, math.ceil(elements / _STATES_PER_PASS), state)
+            add_sums(sums, found)
+            state = layer.state
+        return sums
 
     @torch.no_grad()
     def spectrum(self) -> Spectrum:

@@ -17,13 +17,14 @@ from .base import StateReducer
 _SAMPLE_LENGTH = 512  # tokens of one sequence
 _SAMPLE_PER_PASS = 1024  # tokens of one forward pass
 _SAMPLE_TOTAL = 4096  # tokens of one layer
-_PASS_ELEMENTS = 2**24  # of the layer's inner activations that are recomputed at once
+_PASS_ELEMENTS = 2**24  # of the layer's inner activations that are recomputed at once, however long the sequences
 
 
 class ObservingReducer(StateReducer):
     """Keeps sums over all tokens seen, whose size is that of the state squared, and a bounded sample of inputs.
 
-    Sequences of the sample alternate between those to fit on and those held out. One observed alone is split in time.
+    Sequences of the sample alternate between those to fit on and those held out, which enter no sum. Only a sequence
+    observed alone is split in time, and enters the sums whole.
     """
 
     needs_observation = True
@@ -43,24 +44,29 @@ class ObservingReducer(StateReducer):
         return bool(self._sums and self._samples)
 
     @abstractmethod
-    def _accumulate(self, hidden: Tensor, mask: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
+    def _accumulate(
+        self, hidden: Tensor, mask: Tensor | None, spans: list[slice], generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Sums over the tokens of some sequences `hidden` (batch, L, hidden_size) that add up over calls.
 
-        `mask` (batch, L) is False at padding; the `generator` is on the CPU.
+        `mask` (batch, L) is False at padding; activations are to be recomputed for one of the `spans` of time at once,
+        which follow each other; the `generator` is on the CPU.
         """
 
     @torch.no_grad()
     def observe(self, args: tuple, kwargs: dict) -> None:
         hidden, mask = _sequences(args, kwargs)
         generator = torch.Generator().manual_seed(self._noise_seed())
-        rows = max(1, _PASS_ELEMENTS // max(1, hidden.shape[1] * self.module.intermediate_size))
+        fitted = ~self._sample(hidden, mask)
+        hidden, mask = hidden[fitted], None if mask is None else mask[fitted]
+        length, tokens = hidden.shape[1], max(1, _PASS_ELEMENTS // self.module.intermediate_size)
+        spans = [slice(start, min(start + tokens, length)) for start in range(0, length, tokens)]
+        rows = max(1, tokens // max(1, length))
         with torch.autocast(hidden.device.type, enabled=False):
             for first in range(0, len(hidden), rows):
                 part = slice(first, first + rows)
-                found = self._accumulate(hidden[part], None if mask is None else mask[part], generator)
-                for name, value in found.items():
-                    self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._sample(hidden, mask)
+                found = self._accumulate(hidden[part], None if mask is None else mask[part], spans, generator)
+                add_sums(self._sums, found)
         self._passes += 1
 
     def statistics(self) -> dict[str, Tensor]:
@@ -99,14 +105,18 @@ class ObservingReducer(StateReducer):
         key = repr((self.seed, self.module.layer_idx, self._passes, self.sample_offset))
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
 
-    def _sample(self, hidden: Tensor, mask: Tensor | None) -> None:
+    def _sample(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Keep the beginnings of some sequences; which of them, (batch,) bool, are held out."""
+        held_out = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         room = min(_SAMPLE_PER_PASS, _SAMPLE_TOTAL - sum(len(sample) for sample in self._samples))
         for row in range(len(hidden)):
             sequence = hidden[row] if mask is None else hidden[row][mask[row]]
             sequence = sequence[: min(_SAMPLE_LENGTH, room)]
             if len(sequence):
+                held_out[row] = len(self._samples) % 2 == 1
                 self._samples.append(sequence.detach().clone())
                 room -= len(sequence)
+        return held_out
 
     def _fit_and_held_out(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Inputs (batch, L, hidden_size), which of them are real, and which of these count, to fit on and held out."""
@@ -145,6 +155,21 @@ def _unpack(rows: Tensor, packed: Tensor) -> Tensor:
     borders = [(numbers.diff() != 0).nonzero()[:, 0].cpu() + 1 for numbers in packed]
     parts = [part for row, border in zip(rows, borders, strict=True) for part in row.tensor_split(border)]
     return pad_sequence(parts, batch_first=True)
+
+
+def add_sums(totals: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Add to `totals` what was `found`, in place."""
+    for name, value in found.items():
+        totals[name] = totals[name] + value if name in totals else value
+
+
+def with_context(
+    hidden: Tensor, mask: Tensor | None, span: slice, kernel_size: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """`span` of some sequences with the time steps before it that a causal convolution reads, and how many these are."""
+    start = max(0, span.start - kernel_size + 1)
+    part = slice(start, span.stop)
+    return hidden[:, part], None if mask is None else mask[:, part], span.start - start
 
 
 def causal_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:

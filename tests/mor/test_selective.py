@@ -20,8 +20,8 @@ from hf_compressm.mor import (
 
 def gramians(A, signals, seed=0):
     terms = signals.tokens * len(A)
-    Q = adjoint_gramian(signals, A, torch.Generator().manual_seed(seed))
-    return state_gramian(signals, A) / terms, Q / terms
+    Q = adjoint_gramian([signals], A, torch.Generator().manual_seed(seed))
+    return state_gramian([signals], A) / terms, Q / terms
 
 
 def exact_observability_sum(A, signals):
@@ -62,7 +62,7 @@ def test_state_gramian_is_the_sum_over_a_plain_loop(elements, monkeypatch):
     monkeypatch.setattr(selective, "_CHUNK_ELEMENTS", elements)
     A, signals = selective_layer(states=6, channels=5, length=40)
     h = all_states(A, signals).flatten(0, 2)
-    torch.testing.assert_close(state_gramian(signals, A), h.T @ h, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state_gramian([signals], A), h.T @ h, rtol=1e-10, atol=1e-12)
 
 
 def test_outputs_are_those_of_a_plain_loop(monkeypatch):
@@ -76,7 +76,7 @@ def adjoint_estimate(A, signals, copies):
     """Mean over independent signs."""
     parts = [getattr(signals, k).repeat(copies, 1, 1) for k in ("u", "delta", "B", "C", "weight")]
     mask = None if signals.mask is None else signals.mask.repeat(copies, 1)
-    return adjoint_gramian(SelectiveSignals(*parts, mask), A, torch.Generator().manual_seed(0)) / copies
+    return adjoint_gramian([SelectiveSignals(*parts, mask)], A, torch.Generator().manual_seed(0)) / copies
 
 
 def weighted_layer(**options):
@@ -98,16 +98,34 @@ def test_padding_adds_nothing_to_the_gramians(left, right):
     A, signals = weighted_layer(states=5, channels=4, batch=2, length=20)
     with_padding = padded(signals, left, right)
     assert with_padding.tokens == signals.tokens
-    torch.testing.assert_close(state_gramian(with_padding, A), state_gramian(signals, A))
+    torch.testing.assert_close(state_gramian([with_padding], A), state_gramian([signals], A))
     exact = exact_observability_sum(A, signals)
     found = adjoint_estimate(A, with_padding, 2000)
     assert (found - exact).norm() < 0.015 * exact.norm()
 
 
+def spans_of(signals, lengths):
+    """The signals cut in time."""
+    parts = [getattr(signals, k).split(lengths, 1) for k in ("u", "delta", "B", "C", "weight")]
+    masks = [None] * len(lengths) if signals.mask is None else signals.mask.split(lengths, 1)
+    return [SelectiveSignals(*pieces, mask) for *pieces, mask in zip(*parts, masks, strict=True)]
+
+
+@pytest.mark.parametrize("lengths", [[32], [1, 30, 1], [5, 9, 18]])
+def test_gramians_of_pieces_in_time_are_those_of_the_whole(lengths, monkeypatch):
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, **_: torch.ones(size, dtype=torch.int8))
+    A, signals = weighted_layer(states=5, channels=4, batch=2, length=20)
+    signals = padded(signals, 3, 9)
+    pieces = spans_of(signals, lengths)
+    torch.testing.assert_close(state_gramian(pieces, A), state_gramian([signals], A))
+    found, expected = (adjoint_gramian(s, A, torch.Generator()) for s in (reversed(pieces), [signals]))
+    torch.testing.assert_close(found, expected)
+
+
 def test_channels_of_several_passes_add_up_to_all():
     A, signals = selective_layer(states=5, channels=7, length=20)
-    parts = [state_gramian(signals.channels(first, 3), A[first::3]) for first in range(3)]
-    torch.testing.assert_close(sum(parts), state_gramian(signals, A))
+    parts = [state_gramian([signals.channels(first, 3)], A[first::3]) for first in range(3)]
+    torch.testing.assert_close(sum(parts), state_gramian([signals], A))
 
 
 @pytest.mark.parametrize("method", ["balanced", "selection"])

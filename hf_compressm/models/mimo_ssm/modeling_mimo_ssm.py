@@ -88,9 +88,7 @@ class LRU(NoWeightDecayMixin, nn.Module):
     def state_size(self) -> int:
         return self.nu_log.shape[0]
 
-    def forward(
-        self, u: torch.Tensor, mask: torch.Tensor | None = None, cache: Cache | None = None
-    ) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, mask: torch.Tensor | None = None, cache: Cache | None = None) -> torch.Tensor:
         """`u (batch, L, hidden_size)`, `mask (batch, L)` False where the state stays as it is; returns y like u."""
         nu = torch.exp(self.nu_log.to(torch.promote_types(self.nu_log.dtype, torch.float32)))
         radius, theta = torch.exp(-nu), self.theta.to(nu.dtype)
@@ -258,9 +256,7 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
             cache = DynamicCache(config=self.config)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask=mask, cache=cache)
-        return MimoSSMModelOutput(
-            last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None
-        )
+        return MimoSSMModelOutput(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
     def _embed(
         self,
