@@ -166,7 +166,7 @@ def add_sums(totals: dict[str, Tensor], found: dict[str, Tensor]) -> None:
 def with_context(
     hidden: Tensor, mask: Tensor | None, span: slice, kernel_size: int
 ) -> tuple[Tensor, Tensor | None, int]:
-    """`span` of some sequences with the time steps before it that a causal convolution reads, and how many these are."""
+    """`span` of some sequences with the time steps before it that a causal convolution reads, and their number."""
     start = max(0, span.start - kernel_size + 1)
     part = slice(start, span.stop)
     return hidden[:, part], None if mask is None else mask[:, part], span.start - start
