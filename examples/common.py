@@ -77,8 +77,9 @@ class ModelArguments:
 
 @dataclass
 class CompressionArguments(CompressionConfig):
-    """`CompressionConfig` on a command line, where `--seed` is the one of the whole run."""
+    """`CompressionConfig` on a command line, where `--seed` and `--greater_is_better` are those of the whole run."""
 
+    greater_is_better: bool | None = field(default=None, init=False)
     seed: int = field(default=0, init=False)
 
 

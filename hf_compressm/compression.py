@@ -147,6 +147,7 @@ def compress_once(
     loss: Loss | None = None,
     step: int | None = None,
     remaining_events: int = 1,
+    before_change: Callable[[], str] | None = None,
 ) -> CompressionEvent:
     """One event on a model that `check_support` accepts.
 
@@ -156,6 +157,7 @@ def compress_once(
         loss: the loss to watch, for `max_loss_increase`.
         step: the optimizer step that the report names.
         remaining_events: events left including this one, for rules that spread a reduction over several.
+        before_change: called on all ranks when something is about to change; returns why it must not, or "".
     """
     started = time.perf_counter()
     base = extract_model_from_parallel(model)
@@ -172,6 +174,10 @@ def compress_once(
     else:
         plans = planner.plans()
     changes = {name: plan.reduction for name, plan in plans.items() if plan.reduction is not None}
+    if changes and not config.dry_run and before_change is not None and (why := before_change()):
+        for name in changes:
+            plans[name].leave(why)
+        changes = {}
     if changes and not config.dry_run:
         _apply(base, reducers, changes, config, optimizer)
         torch._dynamo.reset()  # compiled code has the old shapes
@@ -216,6 +222,12 @@ def adopt_new_parameters(model: nn.Module, optimizer: Optimizer | None) -> None:
             adopt_parameters(optimizer, model, module, added, reducer_class.state_parameters[0])
 
 
+def added_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of an unwrapped model that reductions gave to its layers."""
+    found = [(module, name) for module, cls in find_reducible(model).values() for name in cls.added_parameters]
+    return [param for module, name in found if (param := getattr(module, name, None)) is not None]
+
+
 def _calibrate(model: nn.Module, config: CompressionConfig, dataloader: Iterable | None):
     """Observation and loss from a data loader, as far as the model and the rule need them."""
     observation = observe(model, config, training_only=False)
@@ -251,6 +263,12 @@ class _Plan:
         self.report.after = reduction.state_size
         for name in ("method", "energy_discarded", "error_bound", "relative_error"):
             setattr(self.report, name, getattr(reduction, name))
+
+    def leave(self, why: str) -> None:
+        """Plan none after all."""
+        kept = LayerReport(self.report.name, self.report.before, self.report.before, note=why)
+        self.reduction = None
+        self.report = replace(kept, hankel_singular_values=self.report.hankel_singular_values)
 
 
 def _reducers(model: nn.Module, config: CompressionConfig) -> dict[str, StateReducer]:
@@ -385,9 +403,8 @@ def _keep_all_unless_equal(plans: dict[str, _Plan]) -> None:
     """Drop a plan that would give a class with one size for all layers different ones."""
     if len({plan.report.after for plan in plans.values()}) > 1:
         for plan in plans.values():
-            why = plan.report.note or "another layer cannot follow, and this class has one state size for all layers"
-            plan.report = replace(plan.report, after=plan.report.before, method="", energy_discarded=0.0, note=why)
-            plan.reduction = None
+            why = "another layer cannot follow, and this class has one state size for all layers"
+            plan.leave(plan.report.note or why)
 
 
 def _on_cpu(plans: dict[str, _Plan]) -> dict[str, _Plan]:

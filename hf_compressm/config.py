@@ -85,6 +85,20 @@ class CompressionConfig:
             "choices": ["carry", "reset"],
         },
     )
+    rollback_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "A metric of the evaluations, named as for `metric_for_best_model`. If it is worse at the first "
+            "evaluation after a reduction than at the last one before, the model goes back and reductions stop."
+        },
+    )
+    rollback_tolerance: float = field(
+        default=0.02, metadata={"help": "Relative worsening of `rollback_metric` that a reduction may cost."}
+    )
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Whether `rollback_metric` is to be large. Default: unless its name ends with 'loss'."},
+    )
     dry_run: bool = field(default=False, metadata={"help": "Report what would be reduced and change nothing."})
     seed: int = field(default=0, metadata={"help": "Seed of the reduction's own random numbers."})
 
@@ -105,6 +119,8 @@ class CompressionConfig:
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"`{name}` is a whole number of at least 1; found {value}.")
+        if not 0 <= self.rollback_tolerance < float("inf"):
+            raise ValueError(f"`rollback_tolerance` is a fraction of at least 0; found {self.rollback_tolerance}.")
         if not 0 <= self.min_reduction < 1:
             raise ValueError(f"`min_reduction` is a fraction in [0, 1); found {self.min_reduction}.")
         if self.reduction_fraction is not None and self.reduction_fraction <= self.min_reduction:

@@ -36,12 +36,25 @@ class LayerReport:
 
 @dataclass
 class CompressionEvent:
-    """One pass over the model: after which optimizer step (None outside training), how long, and every layer."""
+    """One pass over the model.
+
+    Attributes:
+        layers: every reducible layer.
+        seconds: how long it took.
+        step: the optimizer step after which it took place; None outside training.
+        dry_run: nothing was changed.
+        metric_before, metric_after: `rollback_metric` at the last evaluation before and the first one after; None
+            where none was asked for, or none took place.
+        rolled_back_at: the optimizer step after which the model went back to before this event; None if it did not.
+    """
 
     layers: list[LayerReport]
     seconds: float
     step: int | None = None
     dry_run: bool = False
+    metric_before: float | None = None
+    metric_after: float | None = None
+    rolled_back_at: int | None = None
 
     @property
     def changed(self) -> bool:
@@ -86,6 +99,39 @@ class CompressionReport:
     config: dict
     events: list[CompressionEvent] = field(default_factory=list)
 
+    @property
+    def state_sizes(self) -> dict[str, int]:
+        """The sizes of the layers after the last event that was not taken back; empty without events."""
+        sizes = {layer.name: layer.before for layer in self.events[0].layers} if self.events else {}
+        for event in self.events:
+            if event.rolled_back_at is None:
+                sizes |= {layer.name: layer.after for layer in event.layers}
+        return sizes
+
+    @property
+    def taken_back(self) -> list[CompressionEvent]:
+        """The events that `rollback_metric` undid."""
+        return [event for event in self.events if event.rolled_back_at is not None]
+
+    def rollback_summary(self) -> dict[str, float]:
+        """Numbers for a logger when `rollback_metric` has just undone events."""
+        first, sizes = self.taken_back[0], self.state_sizes
+        return {
+            "compressm/rolled_back_to": first.step,
+            "compressm/metric_before": first.metric_before,
+            "compressm/metric_after": first.metric_after,
+            "compressm/total_state_size": sum(sizes.values()),
+            **{f"compressm/state_size/{name}": size for name, size in sizes.items()},
+        }
+
+    def rollback_line(self) -> str:
+        """The same for people."""
+        first, sizes = self.taken_back[0], ", ".join(map(str, self.state_sizes.values()))
+        return (
+            f"step {first.rolled_back_at}: back to the model before the reduction at step {first.step}, states "
+            f"{sizes}, because the metric went from {first.metric_before:.5g} to {first.metric_after:.5g}; no more reductions"
+        )
+
     def to_dict(self) -> dict:
         """Plain types only, as `from_dict` and JSON take them."""
         return asdict(self)
@@ -127,8 +173,10 @@ class CompressionReport:
         first, last = self.events[0].layers, self.events[-1].layers
         width = max(len(layer.name) for layer in first)
         rows = [f"{'layer':<{width}}  {'before':>6}  {'after':>6}  note"]
+        sizes = self.state_sizes
         for old, new in zip(first, last, strict=True):
-            rows.append(f"{old.name:<{width}}  {old.before:>6}  {new.after:>6}  {new.note}".rstrip())
+            rows.append(f"{old.name:<{width}}  {old.before:>6}  {sizes[new.name]:>6}  {new.note}".rstrip())
+        rows += [f"The reduction at step {e.step} was taken back at step {e.rolled_back_at}." for e in self.taken_back]
         return "\n".join(rows)
 
     def plot(self, path: str | Path | None = None):

@@ -7,6 +7,7 @@ from .optimizer import (
     check_adoption,
     check_optimizer,
     drop_stale_state,
+    release_parameters,
     reset_state,
     unwrap_optimizer,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "drop_stale_state",
     "find_replicas",
     "rebuild_reducer",
+    "release_parameters",
     "reset_state",
     "resize_parameter_",
     "unwrap_optimizer",

@@ -260,6 +260,17 @@ def adopt_parameters(
     group["params"].sort(key=lambda p: places.get(id(p), math.inf))
 
 
+def release_parameters(optimizer: Optimizer | None, params: list[nn.Parameter]) -> None:
+    """Take `params`, which their model no longer has, out of the optimizer: states are saved by position."""
+    optimizer = unwrap_optimizer(optimizer)
+    if optimizer is None:
+        return
+    reset_state(optimizer, params)
+    gone = {id(param) for param in params}
+    for group in optimizer.param_groups:
+        group["params"][:] = [param for param in group["params"] if id(param) not in gone]
+
+
 def drop_stale_state(optimizer: Optimizer | None) -> int:
     """Drop the state of parameters whose shape it does not fit, as after loading weights of other sizes.
 

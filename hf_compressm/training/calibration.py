@@ -3,16 +3,17 @@
 import logging
 import math
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainingArguments
 
 from ..observation import Loss, Observation, mean_loss
+from .checkpoint import Replacement, calibration_file, local_processes
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Calibration:
         self.observation = observation
         self._trainer = trainer
         self._batches: deque[dict[str, Any]] = deque(maxlen=count)
-        self._replaced: dict[str, Any] = {}
+        self._recording: Replacement | None = None
         self._started = False
 
     def start(self) -> None:
@@ -43,23 +44,22 @@ class Calibration:
         self._started = True
         self.observation.start()
         if self._trainer is not None:
-            compute_loss = self._trainer.compute_loss
-            self._replaced = {k: v for k, v in vars(self._trainer).items() if k == "compute_loss"}
-
-            def recording(model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
-                if model.training:
-                    self._batches.append(dict(inputs))  # compute_loss may take the labels out
-                return compute_loss(model, inputs, *args, **kwargs)
-
-            self._trainer.compute_loss = recording
+            self._recording = Replacement(self._trainer, "compute_loss", self._record)
 
     def stop(self) -> None:
         """Watch no longer."""
         self.observation.stop()
-        if self._started and self._trainer is not None:
-            del self._trainer.compute_loss  # the method of its class is seen again
-            vars(self._trainer).update(self._replaced)
-        self._started = False
+        if self._recording is not None:
+            self._recording.undo()
+        self._recording, self._started = None, False
+
+    def _record(self, compute_loss: Callable) -> Callable:
+        def recording(model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
+            if model.training:
+                self._batches.append(dict(inputs))  # compute_loss may take the labels out
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        return recording
 
     def loss(self, model: nn.Module) -> Loss | None:
         """The loss to measure, if one is needed."""
@@ -75,41 +75,51 @@ class Calibration:
             model, lambda batch: float(self._trainer.compute_loss(model, dict(batch))), list(self._batches)
         )
 
-    def save(self, args: TrainingArguments, checkpoint: Path) -> None:
-        """Write what was seen so far beside the other files of a checkpoint, each process its own."""
+    def save(self, process: int, checkpoint: Path) -> bool:
+        """Write what was seen so far beside the other files of a checkpoint, each process its own.
+
+        Returns:
+            Whether there was anything to write.
+        """
         tensors = {f"{_LAYER}{name}": tensor for name, tensor in self.observation.statistics().items()}
         for index, batch in enumerate(self._batches):
             tensors.update({f"{_BATCH}{index}/{key}": v for key, v in batch.items() if torch.is_tensor(v)})
-        if self._started and tensors:
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(tensors, checkpoint / _file_name(args))
+        file = checkpoint / calibration_file(process)
+        file.unlink(missing_ok=True)  # of an earlier run in the same folder
+        if not (self._started and tensors):
+            return False
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, file)
+        return True
 
-    def resume(self, args: TrainingArguments, state: TrainerState, output_dirs: list[str]) -> None:
+    def resume(self, args: TrainingArguments, checkpoints: list[Path]) -> None:
         """Take over what the checkpoint that the run resumes from had seen of the present window.
 
         Args:
-            args, state: of the Trainer.
-            output_dirs: where that checkpoint may be.
+            args: of the Trainer.
+            checkpoints: where that checkpoint may be; none for a run that begins.
         """
-        directories = [Path(d) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" for d in output_dirs]
-        file = next((d / _file_name(args) for d in directories if (d / _file_name(args)).is_file()), None)
-        if file is None:
-            if state.global_step > 0 and (self.observation.needed or self._trainer is not None):
+        found = [c for c in checkpoints if (c / calibration_file(args.process_index)).is_file()]
+        if not found:
+            if checkpoints and (self.observation.needed or self._trainer is not None):
                 logger.warning(
                     "No calibration sums (%s) were found in %s: the next reduction sees only batches from here on.",
-                    _file_name(args),
-                    " or ".join(map(str, directories)),
+                    calibration_file(args.process_index),
+                    " or ".join(map(str, checkpoints)),
                 )
             return
-        tensors = load_file(file, device=str(args.device))
+        tensors = load_file(found[0] / calibration_file(args.process_index), device=str(args.device))
         self.observation.load_statistics(_below(tensors, _LAYER))
         indices = sorted({int(name.split("/")[1]) for name in tensors if name.startswith(_BATCH)})
         for index in indices:
             self._batches.append(_below(tensors, f"{_BATCH}{index}/"))
-
-
-def _file_name(args: TrainingArguments) -> str:
-    return f"compressm_calibration_{args.process_index}.safetensors"
+        written = len(list(found[0].glob(calibration_file("*"))))
+        if written not in (args.world_size, local_processes()):
+            logger.warning(
+                "%d processes had calibrated when the checkpoint was written, and this run has %d: sums of processes "
+                "that are gone are left out of the next reduction.",
+                written,
+                args.world_size,
+            )
 
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -4,6 +4,8 @@ import gc
 import logging
 import math
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..compression import (
+    added_parameters,
     adopt_new_parameters,
     check_support,
     compress_once,
@@ -24,9 +27,17 @@ from ..compression import (
 )
 from ..config import CompressionConfig
 from ..reducers import allow_other_sizes
-from ..report import CompressionEvent, CompressionReport
-from ..surgery import UnsupportedSetupError, drop_stale_state, find_replicas, rebuild_reducer
+from ..report import CompressionReport
+from ..surgery import (
+    UnsupportedSetupError,
+    drop_stale_state,
+    find_replicas,
+    rebuild_reducer,
+    release_parameters,
+)
 from .calibration import Calibration
+from .checkpoint import Replacement, ResumingTrain, is_checkpoint, local_processes
+from .rollback import Rollback, steps_per_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +55,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     event, `calibration_batches` micro-batches per process; `max_loss_increase` measures the loss on the same batches.
 
     At each reduction the record of the best checkpoint is cleared, so that `load_best_model_at_end` never brings back
-    a model from before the last reduction.
+    a model from before the last reduction. With `rollback_metric` the next evaluation judges a reduction: if it cost
+    too much, the whole model and the optimizer's state go back in place to what they were before it, and no other
+    reduction follows. The step count, the learning rate and the order of the data go on.
+
+    With ``resume_from_checkpoint=True`` incomplete checkpoints are stepped over.
 
     Each event is one line in the log and one entry for the loggers of the Trainer (`compressm/...`);
     `compression_report.json` is written to the output directory and to each checkpoint.
@@ -63,13 +78,24 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.report = CompressionReport(self.config.to_dict())
         self._events: list[int] = []
         self._calibration: Calibration | None = None
+        self._rollback: Rollback | None = None
+        self._added: list[nn.Parameter] = []
         self._adoption: RemovableHandle | None = None
-        self._output_dir = self._resumed_dir = ""
-        self._trainer: weakref.ref[Trainer] | None = None
+        self._saving: Replacement | None = None
+        self._running = self._stepped = self._calibrated = False
+        self._max_steps, self._output_dir = 0, ""
+        self._trainer_ref: weakref.ref[Trainer] | None = None
 
     def state(self) -> dict:
         """What a checkpoint holds of this callback."""
-        attributes = {"report": self.report.to_dict(), "output_dir": self._output_dir}
+        attributes = {
+            "report": self.report.to_dict(),
+            "output_dir": self._output_dir,
+            "max_steps": self._max_steps,
+            "processes": local_processes(),
+            "calibrated": self._calibrated,
+            "rollback": None if self._rollback is None else self._rollback.state(),
+        }
         return {"args": self.config.to_dict(), "attributes": attributes}
 
     @classmethod
@@ -90,29 +116,34 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         model=None,
         optimizer=None,
+        train_dataloader=None,
         **kwargs,
     ):
-        if self._calibration is not None:
-            self._calibration.stop()  # of a run that ended with an exception
+        self._stop()  # a run that ended with an exception
         if self._adoption is not None:
             self._adoption.remove()
         self._find_trainer(state)
         self._check_arguments(args)
         self._check_resumed_optimizer(model, optimizer)
         check_support(model, self.config, optimizer, resumed=state.global_step > 0)
+        allow_other_sizes(model)
         sync_config(model)
-        self._events = self.config.events(state.max_steps)
-        self._restore(state)
-        self._calibration = self._begin_calibration(model)
-        if self._in_window(args, state.global_step):
-            self._calibration.start()
-            self._calibration.resume(args, state, [args.output_dir, self._resumed_dir])
-        self._output_dir = str(Path(args.output_dir).resolve())
+        trainer = self._trainer
+        trial = getattr(trainer, "_trial", None)  # of a search: each has a directory of its own
+        directory = args.output_dir if trainer is None else trainer._get_output_dir(trial)
+        self._output_dir = str(Path(directory).resolve())
+        self._events, self._max_steps = self.config.events(state.max_steps), state.max_steps
+        self._restore(args, state, model, steps_per_epoch(args, train_dataloader))
+        self._added = added_parameters(model)
+        if trainer is not None:
+            self._saving = Replacement(trainer, "save_model", self._with_own_files)
+        self._running, self._stepped = True, False
         if state.is_world_process_zero:
-            steps = ", ".join(map(str, self._events))
+            steps = ", ".join(map(str, self._events)) or "none"
             logger.info("reductions (%s=%s) after step %s of %d", *self.config.rule, steps, state.max_steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._stepped = True
         if self._in_window(args, state.global_step):
             self._calibration.start()
 
@@ -125,25 +156,55 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         optimizer=None,
         **kwargs,
     ):
-        if state.global_step not in self._events:
+        step = state.global_step
+        if step not in self._events:
             return
-        remaining = sum(event >= state.global_step for event in self._events)
+        remaining = sum(event >= step for event in self._events)
         self._calibration.stop()
         observation, loss = self._calibration.observation, self._calibration.loss(model)
-        event = compress_once(model, self.config, optimizer, observation, loss, state.global_step, remaining)
+        keep = None
+        if self._rollback is not None:
+            keep = partial(self._rollback.prepare, step, model, optimizer, state)
+        event = compress_once(model, self.config, optimizer, observation, loss, step, remaining, keep)
         self._calibration = self._begin_calibration(model)
+        self._added = added_parameters(model)
         self.report.events.append(event)
         if event.changed and not event.dry_run:
             # models from before and after a reduction are not to be compared
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-        self._log(event, state, control)
+            if self._resuming is not None:
+                self._resuming.reduced = True
+        self._log(event, event.summary(), state, control)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics=None,
+        model=None,
+        optimizer=None,
+        **kwargs,
+    ):
+        if self._rollback is None or not self._running or not self._rollback.is_reported(metrics, self._trainer):
+            return
+        if not self._stepped and state.global_step > 0 and self._rollback.reference is not None:
+            return  # eval_on_start of a resumed run, which the uninterrupted one does not have
+        if self._rollback.judge(metrics, model, optimizer, state, self.report.events):
+            self._events = []
+            self._calibration.stop()
+            self._calibration = self._begin_calibration(model)
+            self._added = added_parameters(model)
+            self._log(self.report.rollback_line(), self.report.rollback_summary(), state, control)
+        if state.is_world_process_zero:
+            self._rollback.clean()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and checkpoint.is_dir():
-            self.report.save(checkpoint)
-        if self._calibration is not None and checkpoint.is_dir():
-            self._calibration.save(args, checkpoint)
+        if self._saving is None and checkpoint.is_dir():
+            self._write(args, checkpoint)
+        if self._rollback is not None and state.is_world_process_zero:
+            self._rollback.clean()
 
     def on_train_end(
         self,
@@ -154,24 +215,52 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         optimizer=None,
         **kwargs,
     ):
-        if self._calibration is not None:
-            self._calibration.stop()
+        self._stop()
+        # load_best_model_at_end may just have brought back other sizes, with other parameters
+        present = {id(param) for param in model.parameters()}
+        release_parameters(optimizer, [param for param in self._added if id(param) not in present])
+        adopt_new_parameters(model, optimizer)
         sync_config(model)
-        # load_best_model_at_end may just have brought back other sizes
-        if drop_stale_state(optimizer):
+        if drop_stale_state(optimizer) or args.load_best_model_at_end:
             for replica in find_replicas(model):
                 rebuild_reducer(replica)
             torch._dynamo.reset()
+        if self._rollback is not None and self._rollback.pending is not None:
+            logger.warning(
+                "The run ended before an evaluation could judge the reduction at step %d: it stays.",
+                self._rollback.pending["step"],
+            )
         if state.is_world_process_zero:
-            self.report.save(Path(args.output_dir))
+            self.report.save(Path(self._output_dir))
+
+    def _stop(self) -> None:
+        """Leave the Trainer and the model as they were found."""
+        self._running = False
+        if self._calibration is not None:
+            self._calibration.stop()
+        if self._saving is not None:
+            self._saving.undo()
+            self._saving = None
+
+    @property
+    def _trainer(self) -> Trainer | None:
+        return self._trainer_ref() if self._trainer_ref is not None else None
+
+    @property
+    def _resuming(self) -> ResumingTrain | None:
+        """The Trainer's `train`, if this callback was there when the Trainer was made."""
+        train = getattr(self._trainer, "train", None)
+        return train if isinstance(train, ResumingTrain) else None
 
     def _prepare_for_checkpoints(self, model: nn.Module | None) -> None:
         """Let checkpoints with other sizes come in: they are loaded before training begins."""
         if model is not None:
             allow_other_sizes(model)
-        trainer = self._trainer() if self._trainer is not None else None
+        trainer = self._trainer
         if trainer is None:
             return
+        if self._resuming is None:
+            trainer.train = ResumingTrain(trainer)
         if trainer.model_init is not None:  # each run makes its model anew
             make_model = trainer.call_model_init
 
@@ -204,48 +293,102 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         return any(event - steps <= steps_done < event for event in self._events)
 
     def _begin_calibration(self, model) -> Calibration:
-        trainer = self._trainer() if self._trainer is not None else None
         by_loss = self.config.rule[0] == "max_loss_increase"
-        if by_loss and trainer is None:
+        if by_loss and self._trainer is None:
             raise ValueError(
                 "max_loss_increase measures the loss as the Trainer computes it, and no Trainer was found whose state "
                 "this callback was given. Choose another rank rule."
             )
-        return Calibration(observe(model, self.config), trainer if by_loss else None, self.config.calibration_batches)
+        trainer = self._trainer if by_loss else None
+        return Calibration(observe(model, self.config), trainer, self.config.calibration_batches)
 
-    def _restore(self, state: TrainerState) -> None:
-        """Take over the report of the checkpoint that the run resumes from; a new run starts a new one."""
+    def _restore(self, args: TrainingArguments, state: TrainerState, model, per_epoch: int | None) -> None:
+        """Take over what the checkpoint that the run resumes from holds; a new run starts afresh."""
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name)
+        self.report = CompressionReport(self.config.to_dict())
+        self._rollback = Rollback(self.config, self._output_dir) if self.config.rollback_metric else None
+        former: dict = {}
         if state.global_step > 0 and isinstance(saved, dict):
-            self.report = CompressionReport.from_dict(saved["attributes"]["report"])
-            self._resumed_dir = saved["attributes"]["output_dir"]
-        else:
-            self.report = CompressionReport(self.config.to_dict())
+            former = saved["attributes"]
+            self.report = CompressionReport.from_dict(former["report"])
+            if self.report.taken_back:
+                self._events = []
+            self._warn_of_changes(saved["args"], former.get("max_steps"), state)
+            if self._rollback is not None and former.get("rollback") is not None:
+                self._rollback.resume(former["rollback"], former["output_dir"])
+        if self._rollback is not None:
+            self._rollback.check_run(args, state, model, self._events, per_epoch)
+        self._calibration = self._begin_calibration(model)
+        if self._in_window(args, state.global_step):
+            self._calibration.start()
+            self._calibration.resume(args, self._resumed_checkpoints(state, former.get("output_dir", "")))
         # the Trainer expects an entry when it saves, also if the checkpoint was written without this callback
         state.stateful_callbacks.setdefault(name, self.state())
 
-    def _log(self, event: CompressionEvent, state: TrainerState, control: TrainerControl) -> None:
+    def _resumed_checkpoints(self, state: TrainerState, former_dir: str) -> list[Path]:
+        """Where the checkpoint that the run resumes from may be; none for a new run."""
+        if state.global_step == 0:
+            return []
+        if self._resuming is not None and self._resuming.checkpoint is not None:
+            return [self._resuming.checkpoint]
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        return [Path(directory) / name for directory in (self._output_dir, former_dir) if directory]
+
+    def _warn_of_changes(self, options: dict, max_steps: int | None, state: TrainerState) -> None:
+        """Say so if the checkpoint was written with other options, or in a run of another length."""
+        old, new = options | {"max_steps": max_steps}, self.config.to_dict() | {"max_steps": state.max_steps}
+        changed = [f"{key}={old.get(key)!r} then, {new[key]!r} now" for key in new if old.get(key) != new[key]]
+        if changed:
+            logger.warning(
+                "The checkpoint was written with other options (%s). Reductions have taken place after step %s; from "
+                "here on they take place after step %s. To keep a former schedule, give `start` and `end` as steps.",
+                "; ".join(changed),
+                ", ".join(str(event.step) for event in self.report.events) or "none",
+                ", ".join(str(event) for event in self._events if event > state.global_step) or "none",
+            )
+
+    def _with_own_files(self, save_model: Callable) -> Callable:
+        """`Trainer.save_model` that adds what a resume needs: before `trainer_state.json`, which makes a checkpoint
+        whole."""
+
+        def save(output_dir=None, *args, **kwargs):
+            save_model(output_dir, *args, **kwargs)
+            if output_dir is not None and is_checkpoint(Path(output_dir)):
+                self._write(self._trainer.args, Path(output_dir))
+
+        return save
+
+    def _write(self, args: TrainingArguments, checkpoint: Path) -> None:
+        checkpoint.mkdir(parents=True, exist_ok=True)  # the first process may not have come so far
+        self._calibrated = self._calibration.save(args.process_index, checkpoint)
+        if args.process_index == 0:
+            self.report.save(checkpoint)
+
+    def _log(self, line: object, numbers: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         if state.is_world_process_zero:
-            logger.info("%s", event)
-        trainer = self._trainer() if self._trainer is not None else None
-        if trainer is None:
+            logger.info("%s", line)
+        if self._trainer is None:
             logger.warning("The Trainer was not found: its loggers will not show the reductions.")
             return
         flags = control.should_log, control.should_evaluate, control.should_save
-        trainer.log(event.summary())
+        self._trainer.log(numbers)
         control.should_log, control.should_evaluate, control.should_save = flags  # log() clears should_log
 
     def _find_trainer(self, state: TrainerState) -> None:
         """The Trainer does not hand itself to callbacks; it is the one whose state this is."""
         trainers = (obj for obj in gc.get_objects() if issubclass(type(obj), Trainer))
         found = next((trainer for trainer in trainers if trainer.state is state), None)
-        self._trainer = weakref.ref(found) if found is not None else None
+        self._trainer_ref = weakref.ref(found) if found is not None else None
 
-    @staticmethod
-    def _check_arguments(args: TrainingArguments) -> None:
+    def _check_arguments(self, args: TrainingArguments) -> None:
         if args.n_gpu > 1:
             raise UnsupportedSetupError(
                 f"One process sees {args.n_gpu} GPUs, so that the Trainer uses torch.nn.DataParallel, which is not "
                 "supported. Launch with `torchrun` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        if args.auto_find_batch_size and self._resuming is not None and self._resuming.reduced:
+            raise UnsupportedSetupError(
+                "auto_find_batch_size begins the run again with a smaller batch, but the model has been reduced "
+                "already. Make the model anew, and set per_device_train_batch_size to what fits."
             )

@@ -6,34 +6,13 @@ import shutil
 
 import pytest
 import torch
+from runs import arguments, make_trainer
 from tiny import Windows, state_sizes, tiny_lm
 from torch import nn
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_compressm import CompressionReport, CompreSSMCallback, UnsupportedSetupError
 from hf_compressm.report import REPORT_NAME
-
-
-def arguments(path, **options):
-    defaults = {
-        "max_steps": 20,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 5,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return TrainingArguments(str(path), **{**defaults, **options})
-
-
-def make_trainer(path, model=None, callbacks=None, optimizers=(None, None), **options):
-    model = tiny_lm(state_size=32) if model is None else model
-    callbacks = [CompreSSMCallback(tolerance=0.1, end=0.4)] if callbacks is None else callbacks
-    data = {"train_dataset": Windows(), "eval_dataset": Windows(count=8)}
-    return Trainer(model=model, args=arguments(path, **options), callbacks=callbacks, optimizers=optimizers, **data)
 
 
 def losses(trainer):

@@ -1,0 +1,343 @@
+"""Second thoughts: a reduction that an evaluation finds too dear is taken back."""
+
+import errno
+import logging
+import resource
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from runs import assert_equal_bit_for_bit, make_trainer, trainer_state
+from tiny import batch, state_sizes, tiny_lm, train
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_compressm import (
+    CompressionReport,
+    CompreSSMCallback,
+    ReducibleMamba2Config,
+    ReducibleMamba2ForCausalLM,
+    compress,
+)
+from hf_compressm.training.snapshot import FOLDER, Snapshot, SnapshotStore
+
+# From a fast to a slow start: the loss of the reduced model is above that at the evaluation before.
+DEAR = {"target_state_size": 1, "num_reductions": 1, "rollback_metric": "loss", "rollback_tolerance": 0.0}
+EVALUATE = {"eval_strategy": "steps", "eval_steps": 5, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def log(caplog):
+    logger = logging.getLogger("hf_compressm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def run(path, rule, resume=None, model=None, **options):
+    callback = CompreSSMCallback(**rule)
+    trainer = make_trainer(path, model, [callback], **{**EVALUATE, **options})
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+class Worsens(TrainerCallback):
+    """Makes the model worse from a step on, so that any reduction just before is blamed."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(-5)
+
+
+def test_a_reduction_taken_back_at_once_has_never_happened(tmp_path):
+    """The evaluation at the step of the reduction judges it, and from there on the run is one without a callback."""
+    plain = make_trainer(tmp_path / "plain", callbacks=[], **EVALUATE)
+    plain.train()
+    trainer = make_trainer(tmp_path / "run", callbacks=[CompreSSMCallback(**DEAR, start=5, end=15)], **EVALUATE)
+    params = {id(param) for param in trainer.model.parameters()}
+    trainer.train()
+    assert {id(param) for param in trainer.model.parameters()} == params
+    assert_equal_bit_for_bit(trainer, plain)
+    assert state_sizes(trainer.model) == [32, 32]
+
+    (event,) = CompressionReport.load(tmp_path / "run").events
+    assert event.rolled_back_at == 15
+    assert event.metric_after > event.metric_before
+    assert "was taken back at step 15" in str(CompressionReport.load(tmp_path / "run"))
+    entries = {k: v for entry in trainer.state.log_history if entry["step"] == 15 for k, v in entry.items()}
+    assert entries["compressm/rolled_back_to"] == 15
+    assert entries["compressm/total_state_size"] == 64
+    assert not (tmp_path / "run" / FOLDER).exists()
+
+
+def test_the_training_since_the_reduction_is_lost_and_the_schedule_goes_on(tmp_path):
+    class Record(TrainerCallback):
+        seen = {}
+
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            self.note("step", state, model, optimizer)
+
+        def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            self.note("begin", state, model, optimizer)
+
+        def note(self, when, state, model, optimizer):
+            moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
+            weights = [value.clone() for value in model.state_dict().values()]
+            self.seen[when, state.global_step] = weights + moments
+
+    record = Record()
+    callbacks = [record, Worsens(8), CompreSSMCallback(**DEAR, start=5, end=7)]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **EVALUATE)
+    trainer.train()
+    before, after = record.seen["step", 7], record.seen["begin", 10]
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert trainer.state.global_step == 20
+    assert CompressionReport.load(tmp_path).events[0].rolled_back_at == 10
+
+
+def test_a_reduction_that_costs_little_stays(tmp_path):
+    rule = {"reduction_fraction": 0.1, "start": 5, "end": 15, "num_reductions": 3, "rollback_metric": "eval_loss"}
+    trainer = run(tmp_path, rule, eval_steps=2)
+    events = CompressionReport.load(tmp_path).events
+    assert [event.step for event in events] == [8, 12, 15]
+    assert all(event.rolled_back_at is None and event.metric_after < event.metric_before for event in events)
+    assert max(state_sizes(trainer.model)) == 24  # 32 → 29 → 27 → 25, and real modes
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_after_going_back_nothing_more_is_reduced(tmp_path, log):
+    rule = {"reduction_fraction": 0.3, "start": 5, "end": 17, "num_reductions": 3, "rollback_metric": "loss"}
+    callbacks = [Worsens(14), CompreSSMCallback(**rule)]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **EVALUATE)
+    trainer.train()
+    events = CompressionReport.load(tmp_path).events
+    assert [(event.step, event.rolled_back_at) for event in events] == [(9, None), (13, 15)]
+    assert state_sizes(trainer.model) == [layer.after for layer in events[0].layers]
+    assert trainer.model.config.state_size == max(state_sizes(trainer.model))
+    assert "back to the model before the reduction at step 13" in log.text
+
+
+def test_reductions_between_two_evaluations_are_taken_back_together(tmp_path):
+    rule = {"reduction_fraction": 0.3, "start": 4, "end": 8, "num_reductions": 2, "rollback_metric": "loss"}
+    trainer = make_trainer(tmp_path, callbacks=[Worsens(9), CompreSSMCallback(**rule)], **EVALUATE)
+    trainer.train()
+    events = CompressionReport.load(tmp_path).events
+    assert [(event.step, event.rolled_back_at) for event in events] == [(6, 10), (8, 10)]
+    assert state_sizes(trainer.model) == [32, 32]
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_decides_as_the_uninterrupted_one(tmp_path, restore):
+    """From before the reduction, from between it and the evaluation, and from after going back; into another
+    directory."""
+
+    def go(path, resume=None):
+        options = {"save_strategy": "steps", "save_steps": 1, "eval_on_start": True}
+        callbacks = [Worsens(8), CompreSSMCallback(**DEAR, start=5, end=7)]
+        options["restore_callback_states_from_checkpoint"] = restore
+        trainer = make_trainer(path, callbacks=callbacks, max_steps=12, **EVALUATE, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = go(tmp_path / "straight")
+    assert [e.rolled_back_at for e in CompressionReport.load(tmp_path / "straight").events] == [10]
+    for step in (6, 7, 9, 10, 11):
+        resumed = go(tmp_path / f"from-{step}", str(tmp_path / "straight" / f"checkpoint-{step}"))
+        assert_equal_bit_for_bit(resumed, straight)
+        last = [trainer_state(tmp_path / name / "checkpoint-12") for name in ("straight", f"from-{step}")]
+        for state in last:  # eval_on_start of the resumed run is one more entry
+            state["log_history"] = [e for e in state["log_history"] if e["step"] == 12]
+        assert last[0] == last[1]
+
+
+def test_without_its_snapshot_a_resumed_run_keeps_the_reduction_and_says_so(tmp_path, log):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    rule = {**DEAR, "start": 5, "end": 7}
+    run(tmp_path / "straight", rule, max_steps=9, **options)
+    (snapshot,) = (tmp_path / "straight" / FOLDER).iterdir()  # kept for the checkpoints that wait for the decision
+    data = bytearray(snapshot.read_bytes())
+    data[-3] ^= 1
+    snapshot.write_bytes(data)
+    damaged = run(tmp_path / "damaged", rule, str(tmp_path / "straight" / "checkpoint-8"), max_steps=12)
+    assert "is damaged or of another run" in log.text
+    snapshot.unlink()
+    gone = run(tmp_path / "gone", rule, str(tmp_path / "straight" / "checkpoint-8"), max_steps=12)
+    assert "The reduction at step 7 stays, whatever the next evaluation says" in log.text
+    assert state_sizes(damaged.model) == state_sizes(gone.model) == [1, 1]
+
+
+def test_the_best_model_is_that_of_the_sizes_gone_back_to(tmp_path):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 5, "max_steps": 12}
+    callbacks = [Worsens(6), CompreSSMCallback(**DEAR, start=5, end=7)]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **EVALUATE, **best)
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    # the loss at step 10 is that of the reduced model; the checkpoint holds the one gone back to
+    assert trainer.state.best_global_step == 5
+    assert trainer.state.best_metric == losses[5] < losses[10]
+    assert state_sizes(trainer.model) == [32, 32]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[5])
+
+
+@pytest.mark.parametrize("cause", ["disk full", "not a folder"])
+def test_where_no_snapshot_can_be_written_nothing_is_reduced(tmp_path, log, cause):
+    class Limit(TrainerCallback):
+        """The operating system refuses to write more than some bytes to a file."""
+
+        def __init__(self, size):
+            self.size = size
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if cause == "disk full" and state.global_step == 7:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    if cause == "not a folder":
+        (tmp_path / FOLDER).write_text("something else")
+    callbacks = [Limit(4096), CompreSSMCallback(**DEAR, start=5, end=7), Limit(resource.RLIM_INFINITY)]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, max_steps=12, **EVALUATE)
+    trainer.train()
+    assert state_sizes(trainer.model) == [32, 32]
+    assert "keeps its 32 states: the snapshot to go back to could not be written" in log.text
+    assert trainer.state.global_step == 12
+    (event,) = CompressionReport.load(tmp_path).events
+    assert not event.changed
+    if cause == "disk full":
+        assert errno.errorcode[errno.EFBIG] in log.text or "too large" in log.text
+        assert not list((tmp_path / FOLDER).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_strategy": "no"}, "found eval_strategy='no'"),
+        ({"eval_steps": 8}, "which takes place after step 7; found the first evaluation after step 8"),
+        ({"eval_steps": 7}, "Set eval_on_start=True"),
+        ({"eval_delay": 9}, "found the first evaluation after step 10"),
+        ({"eval_strategy": "epoch"}, "found the first evaluation after step 64"),
+    ],
+)
+def test_a_run_that_could_not_judge_is_refused_before_the_first_step(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, {**DEAR, "start": 5, "end": 7}, **options)
+
+
+def test_epochs_are_counted(tmp_path):
+    options = {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 64}
+    trainer = run(tmp_path, {**DEAR, "start": 4, "end": 6}, **options)
+    assert [e.rolled_back_at for e in CompressionReport.load(tmp_path).events] == [8]
+    assert trainer.state.global_step == 12
+
+
+def test_a_metric_that_is_not_reported_is_refused_at_the_first_evaluation(tmp_path):
+    with pytest.raises(KeyError, match=r"Expected 'eval_accuracy'.*found eval_loss"):
+        run(tmp_path, {**DEAR, "rollback_metric": "accuracy", "start": 5, "end": 7})
+
+
+def test_a_metric_that_is_to_be_large(tmp_path):
+    callback = CompreSSMCallback(**{**DEAR, "rollback_metric": "accuracy", "start": 5, "end": 7})
+    trainer = make_trainer(tmp_path, callbacks=[callback], **EVALUATE)
+    values = iter([0.5, 0.6, 0.7, 0.8])
+    trainer.compute_metrics = lambda prediction: {"accuracy": next(values)}
+    trainer.train()
+    (event,) = CompressionReport.load(tmp_path).events
+    assert (event.metric_before, event.metric_after, event.rolled_back_at) == (0.5, 0.6, None)
+
+
+def test_snapshots_are_never_pushed(tmp_path, monkeypatch):
+    pushed = []
+
+    class Api:
+        def upload_folder(self, folder_path, ignore_patterns=None, **options):
+            files = [str(p.relative_to(folder_path)) for p in tmp_path.rglob("*") if p.is_file()]
+            assert any(FOLDER in file for file in files)
+            pushed.extend(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    trainer = make_trainer(tmp_path)
+    SnapshotStore(tmp_path).write(7, Snapshot.take(trainer.model, None))
+    trainer.hub_model_id = "someone/something"
+    monkeypatch.setattr(trainer, "create_model_card", lambda **options: None)
+    trainer.push_to_hub()
+    assert "model.safetensors" in pushed
+    assert not [file for file in pushed if FOLDER in file]
+
+
+class Stateful(torch.optim.SGD):
+    """Keeps more than tensors, as some optimizers of other packages do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["history"] = [1.0, 2.0]
+
+
+OPTIMIZERS = {
+    "adamw": lambda ps: torch.optim.AdamW(ps, lr=3e-3, amsgrad=True),
+    "fused": lambda ps: torch.optim.AdamW(ps, lr=3e-3, fused=True),
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+    "plain sgd": lambda ps: torch.optim.SGD(ps, lr=0.1),
+    "adafactor": lambda ps: torch.optim.Adafactor(ps, lr=0.02),
+    "rmsprop": lambda ps: torch.optim.RMSprop(ps, lr=1e-3, momentum=0.5),
+}
+
+
+def mamba2():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 16}
+    return ReducibleMamba2ForCausalLM(ReducibleMamba2Config(**sizes, num_heads=4, head_dim=8, n_groups=1))
+
+
+@pytest.mark.parametrize("make_model", [tiny_lm, mamba2])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_going_back_and_training_on_equals_never_having_reduced(tmp_path, name, make_model):
+    results = []
+    for reduced in (False, True):
+        model = make_model()
+        optimizer = OPTIMIZERS[name](list(model.parameters()))
+        train(model, optimizer)
+        groups = [[id(param) for param in group["params"]] for group in optimizer.param_groups]
+        if reduced:
+            store = SnapshotStore(tmp_path)
+            digest = store.write(5, Snapshot.take(model, optimizer))
+            compress(model, target_state_size=4, optimizer=optimizer, dataloader=[batch()])
+            train(model, optimizer, steps=2)
+            store.read(5, digest).put_back(model, optimizer)
+            assert groups == [[id(param) for param in group["params"]] for group in optimizer.param_groups]
+        train(model, optimizer, steps=3)
+        results.append((model, optimizer))
+    (one, first), (other, second) = results
+    assert one.config.to_dict() == other.config.to_dict()
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+    for index, state in first.state_dict()["state"].items():
+        for key, value in state.items():
+            again = second.state_dict()["state"][index][key]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(again)), key
+
+
+def test_state_that_is_no_number_is_not_half_kept(tmp_path):
+    model = tiny_lm()
+    optimizer = Stateful(model.parameters(), lr=0.1)
+    train(model, optimizer, steps=1)
+    store = SnapshotStore(tmp_path)
+    digest = store.write(1, Snapshot.take(model, optimizer))
+    assert store.read(1, digest).values["optimizer/model.norm.weight/history"] == [1.0, 2.0]
+    optimizer.state[model.model.norm.weight]["history"] = nn.Identity()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        store.write(2, Snapshot.take(model, optimizer))
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["step-1.safetensors"]
+
+
+def test_a_callback_subclass_of_trainer_is_left_alone_outside_training(tmp_path):
+    """An evaluation by the user after the run judges nothing."""
+    trainer = run(tmp_path, {**DEAR, "start": 5, "end": 7}, max_steps=7, eval_steps=5, eval_delay=0)
+    sizes = state_sizes(trainer.model)
+    assert isinstance(trainer, Trainer)
+    trainer.evaluate()
+    assert state_sizes(trainer.model) == sizes
