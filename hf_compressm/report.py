@@ -129,7 +129,8 @@ class CompressionReport:
         first, sizes = self.taken_back[0], ", ".join(map(str, self.state_sizes.values()))
         return (
             f"step {first.rolled_back_at}: back to the model before the reduction at step {first.step}, states "
-            f"{sizes}, because the metric went from {first.metric_before:.5g} to {first.metric_after:.5g}; no more reductions"
+            f"{sizes}, because the metric went from {first.metric_before:.5g} to {first.metric_after:.5g}; reductions "
+            "end here"
         )
 
     def to_dict(self) -> dict:
