@@ -20,8 +20,8 @@ from .reducers import Reduction, StateReducer, find_reducible, refuse_layers, su
 from .report import CompressionEvent, CompressionReport, LayerReport
 from .search import largest_reduction
 from .surgery import (
+    Ranks,
     adopt_parameters,
-    broadcast_from_main,
     carry_state,
     check_adoption,
     check_model,
@@ -165,14 +165,14 @@ def compress_once(
     observation.stop()
     reducers = observation.reducers
     replicas = find_replicas(base)
+    ranks = Ranks.of(base, replicas)
     planner = _Planner(reducers, config, remaining_events, loss)
-    if replicas:
-        group = replicas[0].process_group
-        observation.reduce_over_ranks(lambda total: dist.all_reduce(total, group=group))
-        # rounding differs between machines: one rank decides for all
-        plans = broadcast_from_main(lambda: _on_cpu(planner.plans()), group)
-    else:
+    if ranks is None:
         plans = planner.plans()
+    else:
+        observation.reduce_over_ranks(ranks)
+        # rounding differs between machines: one rank decides for all
+        plans = ranks.decide(lambda: _on_cpu(planner.plans()))
     changes = {name: plan.reduction for name, plan in plans.items() if plan.reduction is not None}
     if changes and not config.dry_run and before_change is not None and (why := before_change()):
         for name in changes:
@@ -184,7 +184,8 @@ def compress_once(
     if (changes and not config.dry_run) or planner.by_loss:  # trying sizes has touched the parameters of one rank
         for replica in replicas:
             rebuild_reducer(replica)
-            check_replicas_equal(base, replica.process_group)
+        if ranks is not None:
+            check_replicas_equal(base, ranks)
     event = CompressionEvent([plan.report for plan in plans.values()], time.perf_counter() - started, step)
     event.dry_run = config.dry_run
     for layer in event.layers:
@@ -279,9 +280,9 @@ def _reducers(model: nn.Module, config: CompressionConfig) -> dict[str, StateRed
             f"{', '.join(supported_layers())}. Other architectures join with `register_reducer`."
         )
     reducers = {name: cls(module, config.method, config.seed) for name, (module, cls) in found.items()}
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    for reducer in reducers.values():
-        reducer.sample_offset = rank
+    if dist.is_available() and dist.is_initialized():
+        for reducer in reducers.values():
+            reducer.rank, reducer.ranks = dist.get_rank(), dist.get_world_size()
     return reducers
 
 

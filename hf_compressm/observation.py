@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .reducers import StateReducer
+from .surgery import Ranks
 
 Loss = Callable[[], float]
 """Mean loss of the model, as its weights are now, on the calibration batches."""
@@ -60,13 +61,10 @@ class Observation:
 
         return observe
 
-    def reduce_over_ranks(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum what was observed over data-parallel ranks; a layer that some rank has not seen is left as it is."""
+    def reduce_over_ranks(self, ranks: Ranks) -> None:
+        """Put together what data-parallel ranks observed."""
         for reducer in self._observing.values():
-            missing = torch.zeros(1, device=next(reducer.module.parameters()).device) + (not reducer.observed)
-            all_reduce(missing)
-            if not missing.any():
-                reducer.reduce_over_ranks(all_reduce)
+            reducer.reduce_over_ranks(ranks)
 
     def statistics(self) -> dict[str, Tensor]:
         """What was observed so far, for a checkpoint."""

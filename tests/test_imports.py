@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"ops", "surgery"},
     "reducers": {"mor", "ops", "models", "surgery"},
     "param_groups": {"reducers"},
-    "observation": {"reducers"},
+    "observation": {"reducers", "surgery"},
     "search": set(),
     "compression": {"config", "report", "mor", "models", "reducers", "surgery", "observation", "search"},
     "training": {"config", "report", "surgery", "reducers", "observation", "compression"},

@@ -44,8 +44,8 @@ class GatedReducer(StateReducer):
     def load_statistics(self, statistics):
         self.total = statistics["total"]
 
-    def reduce_over_ranks(self, all_reduce):
-        all_reduce(self.total)
+    def reduce_over_ranks(self, ranks):
+        self.total = sum(ranks.gather(self.total))
 
     def spectrum(self):
         if not self.total.any():

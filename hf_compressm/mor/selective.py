@@ -11,7 +11,7 @@ reduction of nonlinear control systems*, 2002, for the averages).
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -120,7 +120,7 @@ def state_gramian(pieces: Iterable[SelectiveSignals], A: Tensor) -> Tensor:
     return total
 
 
-def adjoint_gramian(pieces: Iterable[SelectiveSignals], A: Tensor, generator: torch.Generator) -> Tensor:
+def adjoint_gramian(pieces: Iterable[SelectiveSignals], A: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Sum of `l l^T` over the counted tokens and the channels, an unbiased estimate: (n, n), float64.
 
     `l_t = C_t sqrt(w_t) xi_t + exp(delta_{t+1} A) l_{t+1}` with independent `xi = +-1`, so that the mean of
@@ -130,12 +130,14 @@ def adjoint_gramian(pieces: Iterable[SelectiveSignals], A: Tensor, generator: to
     Args:
         pieces: as for `state_gramian`, but the last span first.
         A: (D, n).
-        generator: on the CPU; of the signs.
+        generators: of the signs of each sequence, on the CPU.
     """
     total, state, after = _zero_gramian(A), None, None
     for signals in pieces:
         s = signals.time_major
-        signs = torch.randint(0, 2, s.u.shape, generator=generator, dtype=torch.int8).to(s.u.device) * 2 - 1
+        size = (s.u.shape[0], s.u.shape[2])
+        signs = torch.stack([torch.randint(0, 2, size, generator=g, dtype=torch.int8) for g in generators], dim=1)
+        signs = signs.to(s.u.device) * 2 - 1
         drive = (s.weight.sqrt() * signs).flip(0)
         # from time t the adjoint goes to t - 1 with the decay of time t: reversed, the time steps lag by one
         after = torch.zeros_like(s.delta[:1]) if after is None else after

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..mor import Spectrum
-from ..surgery import GradientMap, resize_parameter_
+from ..surgery import GradientMap, Ranks, resize_parameter_
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class StateReducer(ABC):
     """The layer's parameters that make its recurrence, to be trained with a learning rate of their own; None: all."""
     added_parameters: tuple[str, ...] = ()
     """Parameters that a balanced reduction gives to a layer that had none; trained beside `state_parameters[0]`."""
-    sample_offset: int = 0
-    """Distinguishes the random numbers of data-parallel ranks."""
+    rank, ranks = 0, 1
+    """Which of how many data-parallel processes observes."""
 
     def __init__(self, module: nn.Module, method: str = "auto", seed: int = 0):
         if method not in ("auto", *self.methods):
@@ -93,8 +93,8 @@ class StateReducer(ABC):
         """Go on from what `statistics` returned."""
         raise NotImplementedError(f"{type(self).__name__} observes nothing.")
 
-    def reduce_over_ranks(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum what was observed over data-parallel ranks, each sum by one call of `all_reduce`, in place."""
+    def reduce_over_ranks(self, ranks: Ranks) -> None:
+        """Put together what the data-parallel ranks observed, as if one process had seen it all."""
         raise NotImplementedError(f"{type(self).__name__} observes nothing.")
 
     @abstractmethod

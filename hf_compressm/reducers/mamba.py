@@ -70,7 +70,7 @@ class MambaReducer(ObservingReducer):
         self._calibration: SelectiveCalibration | None = None
 
     def _accumulate(
-        self, hidden: Tensor, mask: Tensor | None, spans: list[slice], generator: torch.Generator
+        self, hidden: Tensor, mask: Tensor | None, spans: list[slice], generators: list[torch.Generator]
     ) -> dict[str, Tensor]:
         A = -torch.exp(self.module.A_log.to(torch.promote_types(self.module.A_log.dtype, torch.float32)))
         step = math.ceil(hidden.shape[0] * hidden.shape[1] * A.numel() / _STATES_PER_PASS)
@@ -83,7 +83,7 @@ class MambaReducer(ObservingReducer):
 
         A = A[first::step]
         P = state_gramian(map(signals, range(len(spans))), A)
-        Q = adjoint_gramian(map(signals, reversed(range(len(spans)))), A, generator)
+        Q = adjoint_gramian(map(signals, reversed(range(len(spans)))), A, generators)
         tokens = hidden.shape[0] * hidden.shape[1] if mask is None else int(mask.sum())
         return {"P": P, "Q": Q, "terms": P.new_tensor(tokens * len(A))}
 

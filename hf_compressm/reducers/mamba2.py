@@ -148,7 +148,7 @@ class Mamba2Reducer(ObservingReducer):
             config.state_size = self.state_size
 
     def _accumulate(
-        self, hidden: Tensor, mask: Tensor | None, spans: list[slice], generator: torch.Generator
+        self, hidden: Tensor, mask: Tensor | None, spans: list[slice], generators: list[torch.Generator]
     ) -> dict[str, Tensor]:
         elements = hidden.shape[0] * hidden.shape[1] * self.module.intermediate_size * self.state_size
         sums, state = {}, None
@@ -327,9 +327,9 @@ class ReducibleMamba2Reducer(Mamba2Reducer):
         if m.B_map is None:
             return {"B_map": B_map, "C_map": C_map}, []
         old_B, old_C = (promote(map_, torch.float64).to(B_map.device) for map_ in (m.B_map, m.C_map))
-        # gradients are dual to weights; a map of its own for each group is beyond a gradient map of one dimension
-        maps = [GradientMap(("B_map",), 1, C_map[0]), GradientMap(("C_map",), 1, B_map[0])]
-        return {"B_map": B_map @ old_B, "C_map": C_map @ old_C}, maps if m.n_groups == 1 else []
+        # gradients are dual to weights
+        maps = [GradientMap(("B_map",), 1, C_map), GradientMap(("C_map",), 1, B_map)]
+        return {"B_map": B_map @ old_B, "C_map": C_map @ old_C}, maps
 
 
 def _equal_norms(B_map: Tensor, C_map: Tensor) -> tuple[Tensor, Tensor]:

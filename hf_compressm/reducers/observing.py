@@ -2,14 +2,13 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable
-from itertools import count
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from ..surgery import Ranks
 from .base import StateReducer
 
 # A sample of the layer's inputs, to fit reductions on and to compare them: whole beginnings of sequences, because the
@@ -24,7 +23,8 @@ class ObservingReducer(StateReducer):
     """Keeps sums over all tokens seen, whose size is that of the state squared, and a bounded sample of inputs.
 
     Sequences of the sample alternate between those to fit on and those held out, which enter no sum. Only a sequence
-    observed alone is split in time, and enters the sums whole.
+    observed alone is split in time, and enters the sums whole. What several ranks observe is what one process would of
+    the same batches: their sequences are numbered in turn.
     """
 
     needs_observation = True
@@ -32,8 +32,8 @@ class ObservingReducer(StateReducer):
     def __init__(self, module: nn.Module, method: str = "auto", seed: int = 0):
         super().__init__(module, method, seed)
         self._sums: dict[str, Tensor] = {}
-        self._samples: list[Tensor] = []
-        self._passes = 0
+        self._samples: dict[int, Tensor] = {}  # by the number of the sequence
+        self._passes = self._sequences = self._sampled = 0  # over all ranks; sampled tokens, with padding
 
     @property
     def state_size(self) -> int:
@@ -45,19 +45,22 @@ class ObservingReducer(StateReducer):
 
     @abstractmethod
     def _accumulate(
-        self, hidden: Tensor, mask: Tensor | None, spans: list[slice], generator: torch.Generator
+        self, hidden: Tensor, mask: Tensor | None, spans: list[slice], generators: list[torch.Generator]
     ) -> dict[str, Tensor]:
         """Sums over the tokens of some sequences `hidden` (batch, L, hidden_size) that add up over calls.
 
         `mask` (batch, L) is False at padding; activations are to be recomputed for one of the `spans` of time at once,
-        which follow each other; the `generator` is on the CPU.
+        which follow each other; there is one of the `generators`, on the CPU, for each sequence.
         """
 
     @torch.no_grad()
     def observe(self, args: tuple, kwargs: dict) -> None:
         hidden, mask = _sequences(args, kwargs)
-        generator = torch.Generator().manual_seed(self._noise_seed())
-        fitted = ~self._sample(hidden, mask)
+        numbers = range(self._sequences + self.rank * len(hidden), self._sequences + (self.rank + 1) * len(hidden))
+        self._sample(hidden, mask, numbers)
+        held_out = [number % 2 == 1 and number in self._samples for number in numbers]
+        generators = [self._generator(number) for number, out in zip(numbers, held_out, strict=True) if not out]
+        fitted = ~torch.tensor(held_out, device=hidden.device)
         hidden, mask = hidden[fitted], None if mask is None else mask[fitted]
         length, tokens = hidden.shape[1], max(1, _PASS_ELEMENTS // self.module.intermediate_size)
         spans = [slice(start, min(start + tokens, length)) for start in range(0, length, tokens)]
@@ -65,33 +68,27 @@ class ObservingReducer(StateReducer):
         with torch.autocast(hidden.device.type, enabled=False):
             for first in range(0, len(hidden), rows):
                 part = slice(first, first + rows)
-                found = self._accumulate(hidden[part], None if mask is None else mask[part], spans, generator)
+                part_mask = None if mask is None else mask[part]
+                found = self._accumulate(hidden[part], part_mask, spans, generators[part])
                 add_sums(self._sums, found)
         self._passes += 1
+        self._sequences += self.ranks * len(held_out)
 
     def statistics(self) -> dict[str, Tensor]:
-        samples = {f"sample.{i}": sample for i, sample in enumerate(self._samples)}
+        samples = {f"sample.{number}": sample for number, sample in self._samples.items()}
         sums = {f"sum.{name}": value for name, value in self._sums.items()}
-        return sums | samples | {"passes": torch.tensor(self._passes)}
+        counts = {name: torch.tensor(getattr(self, f"_{name}")) for name in _COUNTS}
+        return sums | samples | counts
 
     def load_statistics(self, statistics: dict[str, Tensor]) -> None:
         device = next(self.module.parameters()).device
-        self._passes = int(statistics["passes"])
-        self._sums = {
-            name.removeprefix("sum."): value.to(device)
-            for name, value in statistics.items()
-            if name.startswith("sum.")
-        }
-        self._samples = []
-        for i in count():
-            if f"sample.{i}" not in statistics:
-                break
-            self._samples.append(statistics[f"sample.{i}"].to(device))
+        for name in _COUNTS:
+            setattr(self, f"_{name}", int(statistics[name]))
+        self._sums = {name: t.to(device) for name, t in _below(statistics, "sum.").items()}
+        self._samples = {int(number): t.to(device) for number, t in _below(statistics, "sample.").items()}
 
-    def reduce_over_ranks(self, all_reduce: Callable[[Tensor], None]) -> None:
-        self._require_observation()  # a rank that has nothing to add would leave the others waiting
-        for name in sorted(self._sums):
-            all_reduce(self._sums[name])
+    def reduce_over_ranks(self, ranks: Ranks) -> None:
+        self.load_statistics(_merged(ranks.gather({name: t.cpu() for name, t in self.statistics().items()})))
 
     def _require_observation(self) -> None:
         if not self.observed:
@@ -100,38 +97,56 @@ class ObservingReducer(StateReducer):
                 "calibration batches, or reduce after some training steps."
             )
 
-    def _noise_seed(self) -> int:
-        """Of the random numbers of one forward pass: the same whatever else draws some, and different elsewhere."""
-        key = repr((self.seed, self.module.layer_idx, self._passes, self.sample_offset))
-        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
+    def _generator(self, number: int) -> torch.Generator:
+        """Of the random numbers of one sequence: the same whatever else draws some, on whichever rank."""
+        key = repr((self.seed, self.module.layer_idx, number))
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
+        return torch.Generator().manual_seed(seed)
 
-    def _sample(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Keep the beginnings of some sequences; which of them, (batch,) bool, are held out."""
-        held_out = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-        room = min(_SAMPLE_PER_PASS, _SAMPLE_TOTAL - sum(len(sample) for sample in self._samples))
-        for row in range(len(hidden)):
+    def _sample(self, hidden: Tensor, mask: Tensor | None, numbers: range) -> None:
+        """Keep the beginnings of some sequences. Which tokens have room depends on nothing that other ranks see."""
+        length = min(hidden.shape[1], _SAMPLE_LENGTH)
+        room = min(_SAMPLE_PER_PASS, _SAMPLE_TOTAL - self._sampled)
+        for row, number in enumerate(numbers):
             sequence = hidden[row] if mask is None else hidden[row][mask[row]]
-            sequence = sequence[: min(_SAMPLE_LENGTH, room)]
+            sequence = sequence[: max(0, min(length, room - (number - self._sequences) * length))]
             if len(sequence):
-                held_out[row] = len(self._samples) % 2 == 1
-                self._samples.append(sequence.detach().clone())
-                room -= len(sequence)
-        return held_out
+                self._samples[number] = sequence.detach().clone()
+        self._sampled += min(room, self.ranks * len(hidden) * length)
 
     def _fit_and_held_out(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Inputs (batch, L, hidden_size), which of them are real, and which of these count, to fit on and held out."""
-        if len(self._samples) == 1:
-            hidden = self._samples[0][None]
-            real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            early = torch.arange(hidden.shape[1], device=hidden.device) < hidden.shape[1] / 2
-            return [(hidden, real, real & early), (hidden, real, real & ~early if hidden.shape[1] > 1 else real)]
-        parts = []
-        for samples in (self._samples[::2], self._samples[1::2]):
-            hidden = pad_sequence(samples, batch_first=True)
-            lengths = torch.tensor([len(sample) for sample in samples], device=hidden.device)
-            real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-            parts.append((hidden, real, real))
-        return parts
+        halves = [[self._samples[i] for i in sorted(self._samples) if i % 2 == odd] for odd in (0, 1)]
+        if not all(halves):
+            hidden, real = _padded(halves[0] + halves[1])
+            time = torch.arange(hidden.shape[1], device=hidden.device)
+            late = time >= real.sum(1, keepdim=True) / 2
+            return [(hidden, real, real & ~late), (hidden, real, real & late)]
+        return [(hidden, real, real) for hidden, real in map(_padded, halves)]
+
+
+_COUNTS = ("passes", "sequences", "sampled")
+
+
+def _below(statistics: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in statistics.items() if name.startswith(prefix)}
+
+
+def _merged(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Statistics of all ranks together; each has counted for all."""
+    merged: dict[str, Tensor] = {}
+    for statistics in ranks:
+        sums = {name: t for name, t in statistics.items() if name.startswith("sum.")}
+        merged |= {name: t for name, t in statistics.items() if name not in sums}
+        add_sums(merged, sums)
+    return merged
+
+
+def _padded(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sequences as one batch (N, L, hidden_size), and where they are real (N, L)."""
+    hidden = pad_sequence(samples, batch_first=True)
+    lengths = torch.tensor([len(sample) for sample in samples], device=hidden.device)
+    return hidden, torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
 
 
 def _sequences(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:

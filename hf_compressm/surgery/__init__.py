@@ -13,13 +13,13 @@ from .optimizer import (
 )
 from .parameters import resize_parameter_
 from .preconditions import UnsupportedSetupError, check_model
-from .replicas import broadcast_from_main, check_replicas_equal, find_replicas, rebuild_reducer
+from .replicas import Ranks, check_replicas_equal, find_replicas, rebuild_reducer
 
 __all__ = [
     "GradientMap",
+    "Ranks",
     "UnsupportedSetupError",
     "adopt_parameters",
-    "broadcast_from_main",
     "carry_state",
     "check_adoption",
     "check_model",

@@ -21,7 +21,8 @@ class GradientMap:
     Attributes:
         names: the parameters of the group, all of one shape.
         dim: the state dimension of these parameters.
-        matrix: real, (len(names) * new states, len(names) * old states).
+        matrix: real, (len(names) * new states, len(names) * old states); or one for each index of the first dimension
+            of the parameters, (G, len(names) * new states, len(names) * old states), and then `dim` is not 0.
     """
 
     names: tuple[str, ...]
@@ -30,21 +31,27 @@ class GradientMap:
 
     def apply(self, tensors: list[Tensor], squared: bool = False) -> list[Tensor]:
         """Map one tensor per parameter; `squared` takes the element-wise square of the matrix."""
-        stacked = torch.cat([t.double() for t in tensors], dim=self.dim)
+        stacked = self._stack([t.double() for t in tensors])
         matrix = self.matrix.to(stacked.device)
         matrix = matrix.square() if squared else matrix
-        mapped = torch.tensordot(matrix, stacked, dims=([1], [self.dim])).movedim(0, self.dim)
-        return list(mapped.chunk(len(self.names), dim=self.dim))
+        return self._split(torch.einsum("rn,n...->r..." if matrix.dim() == 2 else "grn,gn...->gr...", matrix, stacked))
 
     def fill_silent(self, tensors: list[Tensor]) -> list[Tensor]:
         """Give directions that had no gradient so far the mean second moment of the others, so that their first steps
         are not divided by zero."""
-        silent = (self.matrix == 0).all(dim=1).to(tensors[0].device)
+        silent = (self.matrix == 0).all(dim=-1).to(tensors[0].device)
         if not silent.any() or silent.all():
             return tensors
-        stacked = torch.cat(tensors, dim=self.dim).movedim(self.dim, 0)
+        stacked = self._stack(tensors)
         stacked[silent] = stacked[~silent].mean(dim=0)
-        return list(stacked.movedim(0, self.dim).chunk(len(self.names), dim=self.dim))
+        return self._split(stacked)
+
+    def _stack(self, tensors: list[Tensor]) -> Tensor:
+        """The tensors one after the other along `dim`, put behind the dimensions that the matrix is batched over."""
+        return torch.cat(tensors, dim=self.dim).movedim(self.dim, self.matrix.dim() - 2)
+
+    def _split(self, stacked: Tensor) -> list[Tensor]:
+        return list(stacked.movedim(self.matrix.dim() - 2, self.dim).chunk(len(self.names), dim=self.dim))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,18 @@
 import gc
 import hashlib
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
+
+from .preconditions import UnsupportedSetupError
+
+_PATIENCE = timedelta(minutes=5)  # with ranks that come late, for instance from writing a checkpoint
 
 
 def find_replicas(model: nn.Module) -> list[DistributedDataParallel]:
@@ -21,23 +27,90 @@ def find_replicas(model: nn.Module) -> list[DistributedDataParallel]:
     return [ddp for ddp in wrappers if any(id(p) in own for p in ddp.parameters())]
 
 
-def broadcast_from_main(compute: Callable[[], Any], process_group=None) -> Any:
-    """Run `compute` on the first rank of the group and return its result on every rank.
+class Ranks:
+    """Processes that hold the same model, see different data, and must take the same decisions.
 
-    Raises:
-        RuntimeError: on every rank, if `compute` failed on the first.
+    Args:
+        group: the process group; None for the default one.
     """
-    source = dist.get_global_rank(process_group, 0) if process_group is not None else 0
-    box: list[Any] = [None, None]
-    if dist.get_rank() == source:
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+
+    @classmethod
+    def of(cls, model: nn.Module, replicas: list[DistributedDataParallel]) -> "Ranks | None":
+        """Those that train `model`: the group of its replicas, or else all processes; None if this one is alone.
+
+        Raises:
+            UnsupportedSetupError: nothing keeps the weights equal on the processes, and they are not.
+            RuntimeError: not all of them have come here.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return None
+        ranks = cls(replicas[0].process_group if replicas else None)
+        ranks.meet()
+        if not replicas and (different := ranks.differing(model)):
+            raise UnsupportedSetupError(
+                f"The processes of the default group hold different weights (rank(s) {different} other than rank 0), "
+                "and no DistributedDataParallel keeps them equal, so that they cannot be reduced together. Wrap the "
+                "model, or reduce it in a process without a process group (`torch.distributed.destroy_process_group`)."
+            )
+        return ranks
+
+    def meet(self) -> None:
+        """Wait for the other ranks; by the store, because a collective that some never join says nothing and hangs.
+
+        Raises:
+            RuntimeError: some have not come.
+        """
+        members = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        store = dist.PrefixStore(f"compressm/{members}", dist.distributed_c10d._get_default_store())
+        own = dist.get_rank()
+        meeting = store.add(f"attended/{own}", 0)
+        store.set(f"{meeting}/{own}", "here")
         try:
-            box[0] = compute()
-        except Exception as error:
-            box[1] = f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(box, src=source, group=process_group)
-    if box[1] is not None:
-        raise RuntimeError(f"The reduction failed on rank {source}: {box[1]}")
-    return box[0]
+            store.wait([f"{meeting}/{rank}" for rank in members], _PATIENCE)
+        except dist.DistStoreError as error:
+            absent = [rank for rank in members if not store.check([f"{meeting}/{rank}"])]
+            store.delete_key(f"{meeting}/{own}")
+            raise RuntimeError(
+                f"Expected all {len(members)} processes to take part in the reduction; found that rank(s) {absent} "
+                f"did not within {_PATIENCE}. Call compress() on every rank, or, for the model of one process alone, "
+                "after `torch.distributed.destroy_process_group()`."
+            ) from error
+        store.add(f"attended/{own}", 1)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, in their order, on every rank."""
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def decide(self, compute: Callable[[], Any]) -> Any:
+        """Run `compute` on the first rank of the group and return its result on every rank.
+
+        Raises:
+            RuntimeError: on every rank, if `compute` failed on the first.
+        """
+        box: list[Any] = [None, None]
+        if dist.get_rank(self.group) == 0:
+            try:
+                box[0] = compute()
+            except Exception as error:
+                box[1] = f"{type(error).__name__}: {error}"
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        if box[1] is not None:
+            raise RuntimeError(f"The reduction failed on the first rank: {box[1]}")
+        return box[0]
+
+    def differing(self, model: nn.Module) -> list[int]:
+        """The ranks whose parameters differ from those of the first, bit for bit."""
+        digest = hashlib.sha256()
+        for name, param in model.named_parameters():
+            digest.update(f"{name}{tuple(param.shape)}".encode())
+            digest.update(param.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digests = self.gather(digest.hexdigest())
+        return [rank for rank, found in enumerate(digests) if found != digests[0]]
 
 
 def rebuild_reducer(ddp: DistributedDataParallel) -> None:
@@ -63,23 +136,25 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
         ddp.logger._set_static_graph()
     hooks, ddp._comm_hooks = ddp._comm_hooks, []
     for hook, state in hooks:
+        if isinstance(state, PowerSGDState):  # remembers errors and factors of the old buckets
+            _restart(state)
         ddp.register_comm_hook(state, hook)
 
 
-def check_replicas_equal(model: nn.Module, process_group=None) -> None:
-    """Compare a digest of all parameters over the ranks.
+def _restart(state: PowerSGDState) -> None:
+    """Begin with plain averages once more, during which the buckets settle."""
+    state.iter = 0
+    for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        memory.clear()
+
+
+def check_replicas_equal(model: nn.Module, ranks: Ranks) -> None:
+    """Compare all parameters over the ranks.
 
     Raises:
         RuntimeError: on every rank, if two ranks hold different weights.
     """
-    digest = hashlib.sha256()
-    for name, param in model.named_parameters():
-        digest.update(f"{name}{tuple(param.shape)}".encode())
-        digest.update(param.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    digests: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(digests, digest.hexdigest(), group=process_group)
-    if len(set(digests)) > 1:
-        different = [rank for rank, d in enumerate(digests) if d != digests[0]]
+    if different := ranks.differing(model):
         raise RuntimeError(
             f"After the reduction rank(s) {different} hold other weights than rank 0. Training on would diverge "
             "silently; resume from the last checkpoint, and check that all ranks build the same model."

@@ -18,9 +18,13 @@ from hf_compressm.mor import (
 )
 
 
+def generators(signals, seed=0):
+    return [torch.Generator().manual_seed(seed)] * len(signals.u)
+
+
 def gramians(A, signals, seed=0):
     terms = signals.tokens * len(A)
-    Q = adjoint_gramian([signals], A, torch.Generator().manual_seed(seed))
+    Q = adjoint_gramian([signals], A, generators(signals, seed))
     return state_gramian([signals], A) / terms, Q / terms
 
 
@@ -76,7 +80,8 @@ def adjoint_estimate(A, signals, copies):
     """Mean over independent signs."""
     parts = [getattr(signals, k).repeat(copies, 1, 1) for k in ("u", "delta", "B", "C", "weight")]
     mask = None if signals.mask is None else signals.mask.repeat(copies, 1)
-    return adjoint_gramian([SelectiveSignals(*parts, mask)], A, torch.Generator().manual_seed(0)) / copies
+    signals = SelectiveSignals(*parts, mask)
+    return adjoint_gramian([signals], A, generators(signals)) / copies
 
 
 def weighted_layer(**options):
@@ -118,7 +123,7 @@ def test_gramians_of_pieces_in_time_are_those_of_the_whole(lengths, monkeypatch)
     signals = padded(signals, 3, 9)
     pieces = spans_of(signals, lengths)
     torch.testing.assert_close(state_gramian(pieces, A), state_gramian([signals], A))
-    found, expected = (adjoint_gramian(s, A, torch.Generator()) for s in (reversed(pieces), [signals]))
+    found, expected = (adjoint_gramian(s, A, generators(signals)) for s in (reversed(pieces), [signals]))
     torch.testing.assert_close(found, expected)
 
 

@@ -107,6 +107,25 @@ def test_second_moments_of_a_constant_gradient_are_exact_for_any_map():
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-7)
 
 
+def test_a_map_for_each_group_is_that_of_each_group_alone():
+    matrix = torch.randn(3, NEW, OLD, dtype=torch.float64)
+    matrix[1, 2] = 0  # a direction without a gradient so far
+    whole = nn.Parameter(torch.randn(3, OLD, WIDTH))
+    parts = [nn.Parameter(part.detach().clone()) for part in whole]
+    gradients = torch.randn(3, *whole.shape)
+    optimizer, apart = torch.optim.AdamW([whole]), torch.optim.AdamW(parts)
+    for gradient in gradients:
+        feed(optimizer, {"whole": whole}, [[gradient]])
+        feed(apart, dict(enumerate(parts)), [list(gradient)])
+    carry_state(optimizer, {"whole": whole}, [GradientMap(("whole",), 1, matrix)])
+    carry_state(apart, dict(enumerate(parts)), [GradientMap((i,), 0, matrix[i]) for i in range(3)])
+    for key in ("exp_avg", "exp_avg_sq"):
+        found, expected = optimizer.state[whole][key], torch.stack([apart.state[part][key] for part in parts])
+        silent = (matrix == 0).all(dim=2)
+        torch.testing.assert_close(found[~silent], expected[~silent])
+    torch.testing.assert_close(found[silent], found[~silent].mean(dim=0, keepdim=True))
+
+
 @pytest.mark.parametrize("moments", ["carry", "reset"])
 @pytest.mark.parametrize("name", EVERY)
 def test_training_goes_on_after_the_shapes_changed(name, moments):
