@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import fused
 from ._common import check_arguments, state_dtype, zero_where_masked
 
 CHUNK_SIZE = 16
@@ -165,6 +166,9 @@ def _scan(
     """Returns y, the last state (batch, n, D), and the states at the start of each chunk for the backward."""
     y, h_last, borders = _scan_fake(u, delta, A, B, C, h0, chunk_size)
     batch, length, channels = u.shape
+    if fused.usable(u.device):
+        fused.forward(u, delta, A, B, C, h0, borders, h_last, y, chunk_size)
+        return y, h_last, borders
     with torch.autocast(u.device.type, enabled=False):
         for rows, columns in _blocks(batch, A.shape[0], channels, u.device):
             block = _Block(u, delta, A, B, C, rows, columns, chunk_size)
@@ -201,7 +205,11 @@ def _scan_backward(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of u, delta, A, B, C and h0, by the adjoint recurrence g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
-    du, ddelta, dA, dB, dC, dh0 = _scan_backward_fake(dy, dh_last, u, delta, A, B, C, borders, chunk_size)
+    gradients = _scan_backward_fake(dy, dh_last, u, delta, A, B, C, borders, chunk_size)
+    du, ddelta, dA, dB, dC, dh0 = gradients
+    if fused.usable(u.device):
+        wide = fused.backward(dy, dh_last, u, delta, A, B, C, borders, chunk_size)
+        return tuple(full.to(x.dtype) for full, x in zip(wide, gradients, strict=True))
     batch, length, channels = u.shape
     dA.zero_()
     # Sums over the blocks of channels, so in the dtype of the state until they are complete.
@@ -238,7 +246,7 @@ def _scan_backward(
             dA[:, columns] += dA_block.sum(0)
     dB.copy_(dB_sum)
     dC.copy_(dC_sum)
-    return du, ddelta, dA, dB, dC, dh0
+    return gradients
 
 
 @_scan_backward.register_fake
