@@ -4,6 +4,7 @@ import logging as _logging
 
 from .compression import compress, hankel_singular_values
 from .config import CompressionConfig
+from .fast_scans import use_fast_scans
 from .models import (
     MimoSSMConfig,
     MimoSSMForCausalLM,
@@ -39,6 +40,7 @@ __all__ = [
     "hankel_singular_values",
     "register_reducer",
     "ssm_param_groups",
+    "use_fast_scans",
 ]
 
 # As transformers does: reductions are seen without any set-up by the user, who may still set another level or handler.

@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
+from ..ops import causal_conv
+
 
 def causal_convolution(
     mixer: nn.Module, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, kernel: Callable
@@ -58,5 +60,5 @@ def causal_convolution(
 def _convolve(mixer: nn.Module, x: torch.Tensor, kernel: Callable) -> torch.Tensor:
     # transformers takes kernels wherever they are installed, and on the CPU they fail.
     if x.device.type == "cpu":
-        return mixer.act(mixer.conv1d(x)[..., : x.shape[-1]])
+        return mixer.act(causal_conv(x.mT, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)).mT
     return kernel(x, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, activation=mixer.activation)

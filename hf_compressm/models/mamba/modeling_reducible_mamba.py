@@ -110,7 +110,7 @@ class ReducibleMambaMixer(NoWeightDecayMixin, MambaMixer):
         x = causal_convolution(self, x, mask, cache, causal_conv1d_fn)
         sizes = [self.time_step_rank, self.state_size, self.state_size]
         delta, B, C = self.x_proj(x.transpose(1, 2)).split(sizes, dim=-1)
-        delta = self.dt_proj.weight @ delta.transpose(1, 2)
+        delta = F.linear(delta, self.dt_proj.weight).transpose(1, 2)
         if mask is not None:
             delta = delta.masked_fill(~mask[:, None], _NO_STEP)
 
