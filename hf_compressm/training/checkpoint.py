@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..reducers import find_reducible
-from ..surgery import broadcast_from_main
+from ..surgery import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -225,4 +225,4 @@ class ResumingTrain:
 def on_main(compute: Callable[[], Any]) -> Any:
     """What `compute` returns on the first process, on every process."""
     together = dist.is_available() and dist.is_initialized()
-    return broadcast_from_main(compute) if together else compute()
+    return Ranks().decide(compute) if together else compute()

@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..config import CompressionConfig
 from ..report import CompressionEvent
-from ..surgery import UnsupportedSetupError, check_replicas_equal, find_replicas, rebuild_reducer
+from ..surgery import Ranks, UnsupportedSetupError, check_replicas_equal, find_replicas, rebuild_reducer
 from .checkpoint import callback_state, checkpoints, on_main
 from .snapshot import Snapshot, SnapshotStore
 
@@ -192,7 +192,7 @@ class Rollback:
         torch._dynamo.reset()  # compiled code has the reduced shapes
         for replica in find_replicas(model):
             rebuild_reducer(replica)
-            check_replicas_equal(model, replica.process_group)
+            check_replicas_equal(model, Ranks(replica.process_group))
         for event in judged:
             event.rolled_back_at = state.global_step
         metrics.update({name: value for name, value in self.reference.items() if name in metrics})
