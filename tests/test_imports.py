@@ -25,7 +25,7 @@ ALLOWED = {
     "observation": {"reducers", "surgery"},
     "search": set(),
     "compression": {"config", "report", "mor", "models", "reducers", "surgery", "observation", "search"},
-    "training": {"config", "report", "surgery", "reducers", "observation", "compression"},
+    "training": {"config", "report", "surgery", "reducers", "param_groups", "observation", "compression"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -4,7 +4,10 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-_OFFLINE = "Train without a reduction, then call compress() on the saved model in a single process."
+_OFFLINE = (
+    "Or stop the run at a checkpoint, reduce that with `hf-compressm reduce CHECKPOINT --data ... --output_dir ...`, "
+    "and resume from it with your own launcher."
+)
 
 
 class UnsupportedSetupError(ValueError):
