@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from byte_tokenizer import END_OF_TEXT, PADDING
+from byte_tokenizer import END_OF_TEXT, PADDING, for_transformers
 
 SMALLEST = 256 + 2  # every byte, so that any text can be written, and the two special tokens
 
@@ -32,10 +32,4 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        clean_up_tokenization_spaces=False,
-    )
+    return for_transformers(tokenizer)
