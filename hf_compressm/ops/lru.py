@@ -12,6 +12,7 @@ and the imaginary part in the last dimension.
 import torch
 
 from ._common import check_arguments, state_dtype
+from .lru_convolution import convolution_is_faster, convolve
 
 CHUNK_SIZE = 32
 
@@ -27,7 +28,8 @@ def lru_scan_reference(
     h0: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    final_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same as `lru_scan`, as a plain loop that autograd differentiates; `chunk_size` has no meaning here."""
     _check_shapes(u, lam_re, lam_im, B_re, B_im, C_re, C_im, h0, mask, chunk_size)
     dtype = state_dtype(u)
@@ -43,7 +45,7 @@ def lru_scan_reference(
         h = moved if mask is None else torch.where(mask[:, t, None], moved, h)
         outputs.append((h @ C.T).real)
     y = torch.stack(outputs, 1) if outputs else u.new_zeros(u.shape[0], 0, C.shape[0])
-    return y.to(u.dtype), torch.view_as_real(h)
+    return y.to(u.dtype), torch.view_as_real(h) if final_state else None
 
 
 def lru_scan(
@@ -57,11 +59,15 @@ def lru_scan(
     h0: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    final_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`h_t = lam h_{t-1} + B u_t`, `y_t = Re(C h_t)`, with memory for the states of one chunk only.
 
     The backward pass recomputes the states chunk by chunk from the state at the start of each chunk. It gives first
     derivatives, for the input, the parameters and `h0`, from those of `y` and `h_T`.
+
+    Without `h0` and `final_state` it is a convolution where that should be faster, as it is for a few inputs
+    and outputs (`lru_convolution.py`).
 
     Args:
         u: (batch, L, H), the input, of any floating dtype.
@@ -72,10 +78,11 @@ def lru_scan(
         mask: (batch, L), bool. Where it is False the state stays as it is and the input is ignored, so that padding
             at any place changes neither later outputs nor the final state.
         chunk_size: time steps whose states are held at once.
+        final_state: whether the state after the last step is wanted.
 
     Returns:
         y: (batch, L, P), in the dtype of `u`.
-        h_T: (batch, N, 2), the state after the last step, in float32 (float64 when `u` is float64).
+        h_T: (batch, N, 2), the state after the last step, in float32 (float64 when `u` is float64); or None.
 
     Raises:
         ValueError: shapes that do not fit each other, a mask that is not boolean, a chunk size below 1.
@@ -86,9 +93,12 @@ def lru_scan(
     # Real views of complex buffers hold the real and imaginary parts side by side, so the weights are interleaved.
     w_in = torch.stack([B_re.to(dtype), B_im.to(dtype)], 1).flatten(0, 1)
     w_out = torch.stack([C_re.to(dtype), -C_im.to(dtype)], 2).flatten(1, 2)
+    sizes = (*u.shape[:2], lam.shape[0], u.shape[2], w_out.shape[0])
+    if h0 is None and not final_state and convolution_is_faster(*sizes):
+        return convolve(u, lam, w_in, w_out, mask), None
     h0 = None if h0 is None else h0.to(dtype)
     y, h_last, _ = _scan(u, lam, w_in, w_out, h0, mask, chunk_size)
-    return y, h_last
+    return y, h_last if final_state else None
 
 
 def _check_shapes(u, lam_re, lam_im, B_re, B_im, C_re, C_im, h0, mask, chunk_size) -> None:

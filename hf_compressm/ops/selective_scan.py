@@ -129,7 +129,7 @@ class _Block:
 
     def steps(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Time steps `start:stop` of `x (sequences, L, …)`, contiguous and time first."""
-        return x[:, start:stop].transpose(0, 1).to(dtype=self.dtype, memory_format=torch.contiguous_format)
+        return x[:, start:stop].transpose(0, 1).to(self.dtype).contiguous()
 
     def run(self, start: int, stop: int) -> None:
         """Advance from `state[0]` over `start:stop`; leaves the inputs of these steps in `u`, `delta`, `B` and `C`."""

@@ -1,8 +1,11 @@
+import sys
+
 import pytest
 import torch
 
 from hf_compressm.ops import lru_scan, lru_scan_reference
 
+lru = sys.modules[lru_scan.__module__]
 SHAPES = [  # batch, L, N, H, P, chunk_size
     (2, 70, 5, 3, 4, 32),
     (1, 1, 1, 1, 1, 32),
@@ -39,6 +42,24 @@ def make_mask(kind, batch, length):
     }[kind]
 
 
+@pytest.fixture
+def convolution(monkeypatch):
+    """Every scan that may be a convolution is one; the calls."""
+    calls = []
+    convolve = lru.convolve
+    monkeypatch.setattr(lru, "convolution_is_faster", lambda *sizes: True)
+    monkeypatch.setattr(lru, "convolve", lambda *args: calls.append(args) or convolve(*args))
+    return calls
+
+
+def convolution_and_gradients(scan, inputs, mask=None):
+    """Outputs and gradients without initial and final state."""
+    y, state = scan(*inputs, mask=mask, final_state=False)
+    assert state is None
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [y, *torch.autograd.grad((y * weight).sum(), inputs)]
+
+
 def outputs_and_gradients(scan, inputs, mask, **options):
     y, h_last = scan(*inputs, mask=mask, **options)
     generator = torch.Generator().manual_seed(1)
@@ -68,6 +89,93 @@ def test_gradcheck(kind):
     shape = (2, 7, 3, 2, 2)
     inputs, mask = make_inputs(*shape), make_mask(kind, *shape[:2])
     assert torch.autograd.gradcheck(lambda *args: lru_scan(*args, mask=mask, chunk_size=3), inputs)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_convolution_equals_the_reference(convolution, shape, kind):
+    *shape, _ = shape
+    (*inputs, _), mask = make_inputs(*shape), make_mask(kind, *shape[:2])
+    expected = convolution_and_gradients(lru_scan_reference, inputs, mask)
+    assert_same(convolution_and_gradients(lru_scan, inputs, mask), expected, 1e-12)
+    single = [x.detach().float().requires_grad_() for x in inputs]
+    assert_same([x.double() for x in convolution_and_gradients(lru_scan, single, mask)], expected, 1e-5)
+    assert len(convolution) == 2
+
+
+@pytest.mark.parametrize("kind", ["none", "random"])
+def test_convolution_gradcheck(convolution, kind):
+    *inputs, _ = make_inputs(2, 7, 3, 2, 2)
+    mask = make_mask(kind, 2, 7)
+    assert torch.autograd.gradcheck(lambda *args: lru_scan(*args, mask=mask, final_state=False)[0], inputs)
+
+
+@pytest.mark.parametrize("radius", [1e-30, 1e-3, 1 - 1e-7, 1.0])
+def test_convolution_of_a_long_sequence_in_float32(convolution, radius):
+    *inputs, _ = make_inputs(1, 16384, 4, 2, 2, radius=radius)
+    single = [x.detach().float().requires_grad_() for x in inputs]
+    # From the rounded inputs: at these lengths the powers of an eigenvalue of size 1 feel its rounding.
+    exact = convolution_and_gradients(lru_scan, [x.detach().double().requires_grad_() for x in single])
+    for actual, expected in zip(convolution_and_gradients(lru_scan, single), exact, strict=True):
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("content", [1e30, float("nan"), float("inf")])
+def test_convolution_ignores_the_content_of_masked_steps(convolution, content):
+    *inputs, _ = make_inputs(3, 40, 4, 2, 2)
+    mask = make_mask("random", 3, 40)
+    clean = convolution_and_gradients(lru_scan, inputs, mask)
+    with torch.no_grad():
+        inputs[0][~mask] = content
+    for actual, expected in zip(convolution_and_gradients(lru_scan, inputs, mask), clean, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_convolution_of_nothing(convolution):
+    *inputs, _ = make_inputs(2, 0, 3, 2, 4)
+    y, *gradients = convolution_and_gradients(lru_scan, inputs)
+    assert y.shape == (2, 0, 4)
+    assert not any(x.any() for x in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_convolution_is_in_float32_in_lower_precision(convolution, dtype):
+    u, *weights, _ = make_inputs(2, 60, 4, 3, 2, dtype=torch.float32)
+    low = u.detach().to(dtype).requires_grad_()
+    y, _ = lru_scan(low, *weights, final_state=False)
+    assert torch.equal(y, lru_scan(low.float(), *weights, final_state=False)[0].to(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        automatic = lru_scan(u, *weights, final_state=False)[0]
+    assert torch.equal(automatic, lru_scan(u, *weights, final_state=False)[0])
+
+
+def test_convolution_operator_registration():
+    u, lam_re, lam_im, B_re, B_im, C_re, C_im, _ = make_inputs(2, 40, 3, 2, 4, dtype=torch.float32)
+    packed = [torch.stack([lam_re, lam_im], -1), torch.cat([B_re, B_im]), torch.cat([C_re, C_im], 1)]
+    arguments = [x.detach().clone().requires_grad_() for x in (u, *packed)]
+    torch.library.opcheck(torch.ops.hf_compressm.lru_convolution.default, arguments)
+
+
+def test_convolution_compiles_without_graph_breaks(convolution):
+    *inputs, _ = make_inputs(2, 50, 4, 3, 2, dtype=torch.float32)
+    mask = make_mask("left", 2, 50)
+    compiled = torch.compile(lru_scan, backend="aot_eager", fullgraph=True)
+    expected = convolution_and_gradients(lru_scan, inputs, mask)
+    assert_same(convolution_and_gradients(compiled, inputs, mask), expected, 1e-6)
+
+
+def test_convolution_where_it_is_faster_and_no_state_is_asked_for():
+    faster, slower = (50, 784, 256, 8, 8), (4, 1024, 384, 512, 512)  # by a factor of ten, and of fifty
+    assert lru.convolution_is_faster(*faster)
+    assert not lru.convolution_is_faster(*slower)
+    *inputs, h0 = make_inputs(2, 40, 64, 1, 1)
+    assert lru.convolution_is_faster(2, 40, 64, 1, 1)
+    y, _ = lru_scan(*inputs, final_state=False)
+    same, h_last = lru_scan(*inputs)
+    assert not torch.equal(y, same)  # another rounding
+    assert_same([y], [same], 1e-12)
+    assert torch.equal(lru_scan(*inputs, torch.zeros_like(h0), final_state=False)[0], same)
+    assert h_last.shape == h0.shape
 
 
 @pytest.mark.parametrize("radius", [1e-30, 1e-3, 1 - 1e-7, 1.0])

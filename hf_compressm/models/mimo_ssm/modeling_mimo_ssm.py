@@ -104,6 +104,7 @@ class LRU(NoWeightDecayMixin, nn.Module):
             self.C_im,
             h0=state,
             mask=mask,
+            final_state=cache is not None,
         )
         if cache is not None:
             self._store_state(cache, state)
