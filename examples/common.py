@@ -83,20 +83,27 @@ class CompressionArguments(CompressionConfig):
     seed: int = field(default=0, init=False)
 
 
-def parse_arguments(data_class: type, description: str, defaults: dict[str, Any], args: list[str] | None) -> tuple:
-    """Read the command line into the model's, the data's, the compression's and the Trainer's arguments.
+def parse_arguments(
+    data_class: type,
+    description: str,
+    defaults: dict[str, Any],
+    args: list[str] | None,
+    training_class: type = TrainingArguments,
+) -> tuple:
+    """Read the command line into the model's, the data's, the compression's and the loop's arguments.
 
     Args:
         data_class: the dataclass of the data's arguments.
         description: of the example, for ``--help``.
         defaults: that differ from the dataclasses'.
         args: the command line; None for the process's own.
+        training_class: the dataclass of the loop's arguments, `seed` among them.
 
     Returns:
         ``(model, data, compression, training)`` arguments.
     """
     parser = HfArgumentParser(
-        (ModelArguments, data_class, CompressionArguments, TrainingArguments),
+        (ModelArguments, data_class, CompressionArguments, training_class),
         description=description,
         usage="%(prog)s [--option value ...]",
     )

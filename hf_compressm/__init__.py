@@ -2,7 +2,7 @@
 
 import logging as _logging
 
-from .compression import compress, hankel_singular_values
+from .compression import accept_other_sizes, compress, hankel_singular_values
 from .config import CompressionConfig
 from .fast_scans import use_fast_scans
 from .models import (
@@ -36,6 +36,7 @@ __all__ = [
     "ReducibleMambaConfig",
     "ReducibleMambaForCausalLM",
     "UnsupportedSetupError",
+    "accept_other_sizes",
     "compress",
     "hankel_singular_values",
     "register_reducer",

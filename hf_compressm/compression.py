@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from .config import CompressionConfig
 from .mor import RANK_RULES, RankRule, RelativeError, Spectrum, TargetStateSize, apply_constraints
 from .observation import Loss, Observation, evaluation_mode, first_batches, model_loss
-from .reducers import Reduction, StateReducer, find_reducible, refuse_layers, supported_layers
+from .reducers import Reduction, StateReducer, allow_other_sizes, find_reducible, refuse_layers, supported_layers
 from .report import CompressionEvent, CompressionReport, LayerReport
 from .search import largest_reduction
 from .surgery import (
@@ -27,6 +27,7 @@ from .surgery import (
     check_model,
     check_optimizer,
     check_replicas_equal,
+    drop_stale_state,
     find_replicas,
     rebuild_reducer,
     reset_state,
@@ -227,6 +228,38 @@ def added_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of an unwrapped model that reductions gave to its layers."""
     found = [(module, name) for module, cls in find_reducible(model).values() for name in cls.added_parameters]
     return [param for module, name in found if (param := getattr(module, name, None)) is not None]
+
+
+def accept_other_sizes(model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Let `load_state_dict`, and so `accelerator.load_state`, bring other state sizes into a model that is in use.
+
+    The optimizer takes the parameters that come with the weights and loses the state that no longer fits, configs
+    follow, and replicas are made anew for the present shapes. `CompreSSMCallback` does this by itself; in a loop of
+    your own call it once, on all ranks, after `accelerator.prepare`.
+
+    Args:
+        model: any model with reducible layers, wrapped or not.
+        optimizer: the one that trains it, wrapped or not.
+    """
+    base = extract_model_from_parallel(model)
+    allow_other_sizes(base)
+    before: list[torch.Size] = []
+
+    def note_shapes(loaded: nn.Module, *_) -> None:
+        before[:] = [param.shape for param in loaded.parameters()]
+
+    def follow(loaded: nn.Module, _) -> None:
+        if before == [param.shape for param in loaded.parameters()]:
+            return
+        adopt_new_parameters(loaded, optimizer)
+        drop_stale_state(optimizer)
+        sync_config(loaded)
+        for replica in find_replicas(loaded):
+            rebuild_reducer(replica)
+        torch._dynamo.reset()
+
+    base.register_load_state_dict_pre_hook(note_shapes)
+    base.register_load_state_dict_post_hook(follow)
 
 
 def _calibrate(model: nn.Module, config: CompressionConfig, dataloader: Iterable | None):

@@ -55,6 +55,7 @@ def check_model(model: nn.Module) -> None:
         )
     if any(getattr(m, "peft_config", None) for m in model.modules()):
         raise UnsupportedSetupError(
-            "The model carries PEFT adapters, whose checkpoints omit the base model that a reduction changes. "
-            "Call `merge_and_unload()` first, or reduce the base model before adding adapters."
+            "The model carries PEFT adapters, whose checkpoints omit the base model that a reduction would change: "
+            "loaded on the old base, they would make another model. Reduce the base model, save it, and add adapters "
+            "to that; or call `merge_and_unload()` and reduce what comes out."
         )
