@@ -21,7 +21,9 @@ from .report import CompressionEvent, CompressionReport, LayerReport
 from .search import largest_reduction
 from .surgery import (
     Ranks,
+    UnsupportedSetupError,
     adopt_parameters,
+    averages_of,
     carry_state,
     check_adoption,
     check_model,
@@ -122,6 +124,8 @@ def check_support(
     refuse_layers(model)
     check_optimizer(optimizer, config.moments)
     base = extract_model_from_parallel(model)
+    if (why := averages_of(base)) and not config.dry_run:
+        raise UnsupportedSetupError(f"The model cannot be reduced: {why}.")
     reducers = _reducers(base, config)
     rule, value = config.rule
     largest = max(reducer.state_size for reducer in reducers.values())
@@ -175,7 +179,7 @@ def compress_once(
         # rounding differs between machines: one rank decides for all
         plans = ranks.decide(lambda: _on_cpu(planner.plans()))
     changes = {name: plan.reduction for name, plan in plans.items() if plan.reduction is not None}
-    if changes and not config.dry_run and before_change is not None and (why := before_change()):
+    if changes and not config.dry_run and (why := _obstacle(base, ranks, before_change)):
         for name in changes:
             plans[name].leave(why)
         changes = {}
@@ -193,6 +197,13 @@ def compress_once(
         if layer.note:
             logger.warning("%s keeps its %d states: %s", layer.name, layer.before, layer.note)
     return event
+
+
+def _obstacle(model: nn.Module, ranks: Ranks | None, before_change: Callable[[], str] | None) -> str:
+    """Why nothing must change now, on every rank; empty if it may."""
+    found = averages_of(model)
+    found = next(filter(None, ranks.gather(found)), "") if ranks is not None else found
+    return found or (before_change() if before_change is not None else "")
 
 
 def observe(model: nn.Module, config: CompressionConfig, training_only: bool = True) -> Observation:

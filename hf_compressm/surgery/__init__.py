@@ -1,5 +1,6 @@
 """In-place changes of shape under a live training run: parameters, optimizer state, data-parallel replicas."""
 
+from .averages import averages_of
 from .optimizer import (
     GradientMap,
     adopt_parameters,
@@ -20,6 +21,7 @@ __all__ = [
     "Ranks",
     "UnsupportedSetupError",
     "adopt_parameters",
+    "averages_of",
     "carry_state",
     "check_adoption",
     "check_model",

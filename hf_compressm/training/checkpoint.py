@@ -224,5 +224,5 @@ class ResumingTrain:
 
 def on_main(compute: Callable[[], Any]) -> Any:
     """What `compute` returns on the first process, on every process."""
-    together = dist.is_available() and dist.is_initialized()
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return Ranks().decide(compute) if together else compute()
