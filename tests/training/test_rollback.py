@@ -111,6 +111,22 @@ def test_a_reduction_that_costs_little_stays(tmp_path):
     assert not (tmp_path / FOLDER).exists()
 
 
+def test_a_tenth_at_a_time_until_the_text_is_predicted_worse(tmp_path):
+    """The pragmatic variant of the paper, judged by the loss on text when the learning rate is nearly spent."""
+    rule = {"reduction_fraction": 0.1, "start": 98, "end": 118, "num_reductions": 20}
+    rule |= {"rollback_metric": "loss", "rollback_tolerance": 5e-4}
+    model = tiny_lm(state_size=32, hidden_size=8)
+    trainer = run(tmp_path, rule, model=model, max_steps=120, eval_steps=1, eval_delay=97)
+    events = [event for event in CompressionReport.load(tmp_path).events if event.changed]
+    *kept, last = events
+    assert len(kept) > 5
+    assert all(event.rolled_back_at is None for event in kept)
+    assert all(event.metric_after <= event.metric_before * (1 + 5e-4) for event in kept)
+    assert last.rolled_back_at == last.step
+    assert last.metric_after > last.metric_before * (1 + 5e-4)
+    assert state_sizes(trainer.model) == [layer.after for layer in kept[-1].layers]
+
+
 def test_after_going_back_nothing_more_is_reduced(tmp_path, log):
     rule = {"reduction_fraction": 0.3, "start": 5, "end": 17, "num_reductions": 3, "rollback_metric": "loss"}
     callbacks = [Worsens(14), CompreSSMCallback(**rule)]
