@@ -1,7 +1,6 @@
 """The whole-model pass."""
 
 import copy
-import logging
 import subprocess
 import sys
 
@@ -35,14 +34,6 @@ def trained():
 @pytest.fixture
 def model(trained):
     return copy.deepcopy(trained)
-
-
-@pytest.fixture
-def log(caplog):
-    logger = logging.getLogger("hf_compressm")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @torch.no_grad()
@@ -151,7 +142,7 @@ def test_sizes_follow_the_options(trained):
     assert sum(state_sizes(reduced)) <= 96
 
 
-def test_a_layer_with_nan_is_left_alone_with_a_warning_and_the_others_are_reduced(model, log):
+def test_a_layer_with_nan_is_left_alone_with_a_warning_and_the_others_are_reduced(model, caplog):
     mixer = model.model.layers[0].mixer
     with torch.no_grad():
         mixer.B_re[3, 2] = torch.nan
@@ -161,16 +152,16 @@ def test_a_layer_with_nan_is_left_alone_with_a_warning_and_the_others_are_reduce
     assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in mixer.state_dict().items())
     assert state_sizes(model)[1] < 96
     assert "NaN" in report.events[0].layers[0].note
-    assert "model.layers.0.mixer keeps its 96 states" in log.text
+    assert "model.layers.0.mixer keeps its 96 states" in caplog.text
 
 
-def test_an_unstable_layer_is_left_alone(model, log):
+def test_an_unstable_layer_is_left_alone(model, caplog):
     with torch.no_grad():
         model.model.layers[1].mixer.nu_log[0] = -200.0  # |λ| = 1 in any precision
     compress(model, tolerance=0.1)
     assert state_sizes(model)[1] == 96
     assert state_sizes(model)[0] < 96
-    assert "stable" in log.text
+    assert "stable" in caplog.text
 
 
 RELOAD = """

@@ -1,6 +1,5 @@
 """Checkpoints: whole, incomplete, damaged, of another run."""
 
-import logging
 import os
 import shutil
 import signal
@@ -19,14 +18,6 @@ from hf_compressm.training.checkpoint import find_damage, last_whole_checkpoint
 # the Trainer's mean loss since the last log does not survive a resume, so that each step is logged
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 LOSS = {"max_loss_increase": 0.02, "start": 3, "end": 6, "num_reductions": 1}  # calibrates in steps 3 to 6
-
-
-@pytest.fixture
-def log(caplog):
-    logger = logging.getLogger("hf_compressm")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def small(**options):
@@ -73,7 +64,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_an_incomplete_checkpoint_is_stepped_over(straight, tmp_path, log, damage):
+def test_an_incomplete_checkpoint_is_stepped_over(straight, tmp_path, caplog, damage):
     output = copy_of(straight, tmp_path, until=5)
     for step in (4, 5):
         DAMAGE[damage](output / f"checkpoint-{step}")
@@ -84,8 +75,8 @@ def test_an_incomplete_checkpoint_is_stepped_over(straight, tmp_path, log, damag
         assert find_damage(output / "checkpoint-5") == ""  # written again on the way
     else:
         assert last_whole_checkpoint(output) == output / "checkpoint-3"
-    assert "Stepping over checkpoint-5, which is incomplete" in log.text
-    assert "Resuming from" in log.text
+    assert "Stepping over checkpoint-5, which is incomplete" in caplog.text
+    assert "Resuming from" in caplog.text
 
 
 def test_a_named_checkpoint_has_to_be_whole(straight, tmp_path):
@@ -120,18 +111,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     assert deeper.state.global_step == shallower.state.global_step == 0
 
 
-def test_a_checkpoint_of_another_schedule_is_announced(straight, tmp_path, log):
+def test_a_checkpoint_of_another_schedule_is_announced(straight, tmp_path, caplog):
     rule = {"tolerance": 0.3, "start": 3, "end": 9, "num_reductions": 2}
     run(tmp_path, rule, resume=str(straight[1] / "checkpoint-7"), max_steps=12)
-    assert "max_loss_increase=0.02 then, None now" in log.text
-    assert "max_steps=10 then, 12 now" in log.text
-    assert "taken place after step 6; from here on they take place after step 9" in log.text
+    assert "max_loss_increase=0.02 then, None now" in caplog.text
+    assert "max_steps=10 then, 12 now" in caplog.text
+    assert "taken place after step 6; from here on they take place after step 9" in caplog.text
     assert [event.step for event in CompressionReport.load(tmp_path).events] == [6, 9]
 
 
-def test_the_same_options_are_no_news(straight, tmp_path, log):
+def test_the_same_options_are_no_news(straight, tmp_path, caplog):
     run(tmp_path, resume=str(straight[1] / "checkpoint-7"))
-    assert "other options" not in log.text
+    assert "other options" not in caplog.text
 
 
 class Stop(TrainerCallback):

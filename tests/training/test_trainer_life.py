@@ -1,7 +1,5 @@
 """The rest of what the Trainer does with a run: schedulers, searches, loggers, averages, restarts."""
 
-import logging
-
 import optuna
 import pytest
 import torch
@@ -24,14 +22,6 @@ from hf_compressm import (
 RULE = {"tolerance": 0.1, "end": 4, "num_reductions": 1}
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 8}
 SAVE = {"save_strategy": "steps", "save_steps": 2}
-
-
-@pytest.fixture
-def log(caplog):
-    logger = logging.getLogger("hf_compressm")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "cosine_with_restarts", "greedy"])
@@ -124,7 +114,7 @@ def test_a_run_is_not_begun_again_with_a_model_that_has_been_reduced(tmp_path):
         trainer.train()
 
 
-def test_averaged_copies_are_refused_with_the_way_out(tmp_path, log):
+def test_averaged_copies_are_refused_with_the_way_out(tmp_path, caplog):
     model = tiny_lm(state_size=32)
     trainer = make_trainer(tmp_path, model, [CompreSSMCallback(**RULE)], max_steps=6)
     average = AveragedModel(model)
@@ -140,7 +130,7 @@ def test_averaged_copies_are_refused_with_the_way_out(tmp_path, log):
     average.update_parameters(model)
 
 
-def test_an_average_begun_during_the_run_keeps_the_sizes(tmp_path, log):
+def test_an_average_begun_during_the_run_keeps_the_sizes(tmp_path, caplog):
     class Average(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:
@@ -151,10 +141,10 @@ def test_an_average_begun_during_the_run_keeps_the_sizes(tmp_path, log):
     trainer = make_trainer(tmp_path, callbacks=[CompreSSMCallback(**RULE), Average()], max_steps=6)
     trainer.train()
     assert state_sizes(trainer.model) == [32, 32]
-    assert "keeps its 32 states: a torch.optim.swa_utils.AveragedModel holds copies" in log.text
+    assert "keeps its 32 states: a torch.optim.swa_utils.AveragedModel holds copies" in caplog.text
 
 
-def test_a_loss_that_is_not_a_number_reduces_nothing_and_is_told(tmp_path, log):
+def test_a_loss_that_is_not_a_number_reduces_nothing_and_is_told(tmp_path, caplog):
     class Nan(Trainer):
         def compute_loss(self, model, inputs, **kwargs):
             loss = super().compute_loss(model, inputs, **kwargs)
@@ -165,11 +155,11 @@ def test_a_loss_that_is_not_a_number_reduces_nothing_and_is_told(tmp_path, log):
     trainer = Nan(model=tiny_lm(), args=args, train_dataset=Windows(), callbacks=[callback])
     trainer.train()
     assert state_sizes(trainer.model) == [32, 32]
-    assert "model.layers.1.mixer keeps its 32 states" in log.text
+    assert "model.layers.1.mixer keeps its 32 states" in caplog.text
     assert all("found NaN or infinity" in layer.note for layer in CompressionReport.load(tmp_path).events[0].layers)
 
 
-def test_unstable_dynamics_leave_the_layer_alone(tmp_path, log):
+def test_unstable_dynamics_leave_the_layer_alone(tmp_path, caplog):
     class Unstable(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 4:
@@ -180,7 +170,7 @@ def test_unstable_dynamics_leave_the_layer_alone(tmp_path, log):
     trainer.train()
     first, second = state_sizes(trainer.model)
     assert first == 32 > second
-    assert "model.layers.0.mixer keeps its 32 states" in log.text
+    assert "model.layers.0.mixer keeps its 32 states" in caplog.text
 
 
 def mamba2():
