@@ -225,11 +225,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             for replica in find_replicas(model):
                 rebuild_reducer(replica)
             torch._dynamo.reset()
-        if self._rollback is not None and self._rollback.pending is not None:
-            logger.warning(
-                "The run ended before an evaluation could judge the reduction at step %d: it stays.",
-                self._rollback.pending["step"],
-            )
+        if self._rollback is not None:
+            self._rollback.finish(state.is_world_process_zero)
         if state.is_world_process_zero:
             self.report.save(Path(self._output_dir))
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _NAMES_SHOWN = 3
+_NOT_SAVED = ("all_tied_weights_keys", "_keys_to_ignore_on_save")  # by `save_pretrained`
 
 
 def calibration_file(process: int | str) -> str:
@@ -133,8 +134,8 @@ def _check_origin(checkpoint: Path, model: nn.Module) -> None:
         return  # sharded by an engine, or adapters alone
     added = {f"{name}.{key}" for name, (_, cls) in find_reducible(model).items() for key in cls.added_parameters}
     known = {name.removeprefix("_orig_mod.") for name in model.state_dict()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing, unexpected = sorted(known - names - added - tied), sorted(names - known - added - tied)
+    optional = added.union(*(getattr(model, keys, None) or () for keys in _NOT_SAVED))
+    missing, unexpected = sorted(known - names - optional), sorted(names - known - optional)
     if missing or unexpected:
         found = _model_type(checkpoint)
         expected = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

@@ -199,6 +199,17 @@ class Rollback:
         state.best_metric, state.best_global_step, state.best_model_checkpoint = best
         return True
 
+    def finish(self, clean: bool) -> None:
+        """The run ends here, judged or not."""
+        if self.pending is not None:
+            logger.warning(
+                "The run ended before an evaluation could judge the reduction at step %d: it stays.",
+                self.pending["step"],
+            )
+        self.pending = None
+        if clean:
+            self.clean()
+
     def clean(self) -> None:
         """Delete the snapshots for which neither the present decision nor that of a checkpoint waits."""
         if not self._store.folder.is_dir():

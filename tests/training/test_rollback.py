@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from runs import assert_equal_bit_for_bit, make_trainer, trainer_state
-from tiny import batch, state_sizes, tiny_lm, train
+from tiny import Windows, batch, state_sizes, tiny_lm, train
 from torch import nn
 from transformers import TrainerCallback
 
@@ -250,6 +250,16 @@ def test_epochs_are_counted(tmp_path):
     assert trainer.state.global_step == 12
 
 
+def test_one_of_several_evaluation_sets_decides(tmp_path):
+    callbacks = [Worsens(8), CompreSSMCallback(**DEAR | {"rollback_metric": "second_loss"}, start=5, end=7)]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, max_steps=12, **EVALUATE)
+    trainer.eval_dataset = {"first": Windows(count=4), "second": Windows(count=8)}
+    trainer.train()
+    (event,) = CompressionReport.load(tmp_path).events
+    losses = {e["step"]: e["eval_second_loss"] for e in trainer.state.log_history if "eval_second_loss" in e}
+    assert (event.metric_before, event.metric_after, event.rolled_back_at) == (losses[5], losses[10], 10)
+
+
 def test_a_metric_that_is_not_reported_is_refused_at_the_first_evaluation(tmp_path):
     with pytest.raises(KeyError, match=r"Expected 'eval_accuracy'.*found eval_loss"):
         run(tmp_path, {**DEAR, "rollback_metric": "accuracy", "start": 5, "end": 7})
@@ -362,3 +372,4 @@ def test_an_evaluation_after_the_run_judges_nothing(tmp_path, caplog):
     Worsens(8).on_step_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     trainer.evaluate()
     assert state_sizes(trainer.model) == [1, 1]
+    assert not (tmp_path / FOLDER).exists()
