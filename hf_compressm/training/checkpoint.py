@@ -67,6 +67,8 @@ def find_damage(checkpoint: Path) -> str:
     The Trainer writes `trainer_state.json` last, so that a process killed while saving leaves none, or half of one.
     Beyond that, files that tell their length must have it, and the files of every process on this machine be there.
     """
+    if not checkpoint.is_dir():
+        return "there is no such directory"
     try:
         state = callback_state(checkpoint)
     except (OSError, ValueError) as error:
@@ -122,9 +124,8 @@ def check_checkpoint(checkpoint: Path, model: nn.Module) -> None:
         ValueError: what was expected and what was found.
     """
     if damage := find_damage(checkpoint):
-        raise ValueError(
-            f"{checkpoint} cannot be resumed from: {damage}. Use resume_from_checkpoint=True for the last whole one."
-        )
+        whole = next((other for other in checkpoints(checkpoint.parent) if not find_damage(other)), "none")
+        raise ValueError(f"{checkpoint} cannot be resumed from: {damage}. The last whole one beside it is {whole}.")
     _check_origin(checkpoint, model)
 
 

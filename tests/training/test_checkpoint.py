@@ -82,11 +82,15 @@ def test_an_incomplete_checkpoint_is_stepped_over(straight, tmp_path, caplog, da
 def test_a_named_checkpoint_has_to_be_whole(straight, tmp_path):
     output = copy_of(straight, tmp_path, until=2)
     cut(output / "checkpoint-2" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"checkpoint-2 cannot be resumed from: model.safetensors is damaged"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 cannot be resumed from: model.safetensors is damaged.*checkpoint-1"
+    ):
         run(output, resume=str(output / "checkpoint-2"))
     DAMAGE["no state"](output / "checkpoint-1")
     with pytest.raises(ValueError, match=r"found checkpoint-2: .*; checkpoint-1: .*Start afresh"):
         run(output, resume=True)
+    with pytest.raises(ValueError, match="there is no such directory"):
+        run(output, resume=str(output / "checkpoint-3"))
     with pytest.raises(ValueError, match="found none"):
         run(tmp_path / "empty", resume=True)
 
