@@ -24,6 +24,7 @@ from ..surgery import Ranks
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_BY_TORCH = re.compile(r"(optimizer|scheduler|scaler|rng_state\w*|training_args)\.(pt|pth|bin)")
 _NAMES_SHOWN = 3
 _NOT_SAVED = ("all_tied_weights_keys", "_keys_to_ignore_on_save")  # by `save_pretrained`
 
@@ -53,7 +54,7 @@ def callback_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint holds of the callback; empty if it was written without one.
 
     Raises:
-        OSError, ValueError: there is no readable `trainer_state.json`.
+        OSError, ValueError, AttributeError: there is no readable `trainer_state.json`.
     """
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     callbacks = state.get("stateful_callbacks") or {}
@@ -65,22 +66,24 @@ def find_damage(checkpoint: Path) -> str:
     """Why a run cannot be resumed from a checkpoint; empty if it is whole.
 
     The Trainer writes `trainer_state.json` last, so that a process killed while saving leaves none, or half of one.
-    Beyond that, files that tell their length must have it, and the files of every process on this machine be there.
+    Beyond that, the Trainer's files and all safetensors must have the length that they tell, and the files of every
+    process on this machine be there.
     """
     if not checkpoint.is_dir():
         return "there is no such directory"
     try:
         state = callback_state(checkpoint)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         return f"no readable {TRAINER_STATE_NAME} ({type(error).__name__})"
     for file in sorted(checkpoint.iterdir()):
         if not file.is_file():
             continue
-        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
-            return f"{file.name} is cut off"
+        if _BY_TORCH.fullmatch(file.name) and not zipfile.is_zipfile(file):
+            return f"{file.name} is damaged"
         try:
             if file.suffix == ".safetensors":
-                safe_open(file, framework="pt")
+                with safe_open(file, framework="pt"):
+                    pass
             elif file.name.endswith(".index.json"):
                 shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
                 if missing := sorted(shard for shard in shards if not (checkpoint / shard).is_file()):

@@ -216,7 +216,7 @@ class Rollback:
             return
         waiting = [self.pending]
         for checkpoint in checkpoints(self._output_dir):
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, AttributeError):
                 waiting.append((callback_state(checkpoint).get("rollback") or {}).get("pending"))
         self._store.keep_only({pending["step"] for pending in waiting if pending is not None})
 

@@ -54,6 +54,7 @@ def cut(file):
 DAMAGE = {
     "no state": lambda c: (c / "trainer_state.json").unlink(),
     "half a state": lambda c: cut(c / "trainer_state.json"),
+    "another kind of state": lambda c: (c / "trainer_state.json").write_text("[]"),
     "half the weights": lambda c: cut(c / "model.safetensors"),
     "half the moments": lambda c: cut(c / "optimizer.pt"),
     "half the random numbers": lambda c: cut(c / "rng_state.pth"),
@@ -93,6 +94,14 @@ def test_a_named_checkpoint_has_to_be_whole(straight, tmp_path):
         run(output, resume=str(output / "checkpoint-3"))
     with pytest.raises(ValueError, match="found none"):
         run(tmp_path / "empty", resume=True)
+
+
+def test_files_of_the_user_do_not_matter(straight, tmp_path):
+    checkpoint = shutil.copytree(straight[1] / "checkpoint-7", tmp_path / "checkpoint-7")
+    for name in ("notes.bin", "tokens.pt", "empty.json"):
+        (checkpoint / name).write_bytes(b"")
+    (checkpoint / "pictures").mkdir()
+    assert find_damage(checkpoint) == ""
 
 
 def test_all_checkpoints_of_a_run_are_whole(straight):
