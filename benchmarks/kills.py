@@ -45,7 +45,7 @@ from .common import ROOT, save_results
 TIMEOUT = 120  # seconds of one run
 STEPS = 14
 EVENTS = {"start": 3, "end": 9, "num_reductions": 2}  # after steps 6 and 9
-DIFFERENT = ("runtime", "per_second", "seconds", "flos", "output_dir")  # parts of names of what may differ
+DIFFERENT = ("runtime", "per_second", "seconds", "step_ms", "flos", "output_dir")  # parts of names of what may differ
 
 
 class Text(Dataset):

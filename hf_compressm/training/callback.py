@@ -305,21 +305,22 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(name)
         self.report = CompressionReport(self.config.to_dict())
         self._rollback = Rollback(self.config, self._output_dir) if self.config.rollback_metric else None
-        former: dict = {}
-        if state.global_step > 0 and isinstance(saved, dict):
-            former = saved["attributes"]
+        former = saved["attributes"] if state.global_step > 0 and isinstance(saved, dict) else {}
+        checkpoints = self._resumed_checkpoints(state, former.get("output_dir", ""))
+        if former:
             self.report = CompressionReport.from_dict(former["report"])
             if self.report.taken_back:
                 self._events = []
             self._warn_of_changes(saved["args"], former.get("max_steps"), state)
-            if self._rollback is not None and former.get("rollback") is not None:
-                self._rollback.resume(former["rollback"], former["output_dir"])
         if self._rollback is not None:
+            if former.get("rollback") is not None:
+                directories = [*(checkpoint.parent for checkpoint in checkpoints), Path(former["output_dir"])]
+                self._rollback.resume(former["rollback"], directories)
             self._rollback.check_run(args, state, model, self._events, per_epoch)
         self._calibration = self._begin_calibration(model)
         if self._in_window(args, state.global_step):
             self._calibration.start()
-            self._calibration.resume(args, self._resumed_checkpoints(state, former.get("output_dir", "")))
+            self._calibration.resume(args, checkpoints)
         # the Trainer expects an entry when it saves, also if the checkpoint was written without this callback
         state.stateful_callbacks.setdefault(name, self.state())
 

@@ -49,36 +49,47 @@ class Rollback:
         """What a checkpoint holds: plain types only."""
         return {"reference": self.reference, "pending": self.pending}
 
-    def resume(self, state: dict[str, Any], output_dir: str | Path) -> None:
-        """Go on from what `state` returned in a run with that output directory.
+    def resume(self, state: dict[str, Any], directories: list[Path]) -> None:
+        """Go on from what `state` returned in another run.
 
         A decision whose snapshot is gone is dropped with a warning: the reduction stays.
+
+        Args:
+            state: of that run.
+            directories: where its snapshots may be, besides the present output directory.
         """
-        self.reference, self.pending = state["reference"], state["pending"]
-        if self.pending is None:
+        if state["reference"] is not None and self.metric in state["reference"]:
+            self.reference = state["reference"]
+        pending = state["pending"]
+        if pending is None:
             return
-        step, digest = self.pending["step"], self.pending["digest"]
-
-        def find() -> str:
-            problems = []
-            for store in (self._store, SnapshotStore(output_dir)):
-                try:
-                    snapshot = store.read(step, digest)
-                    if store is not self._store:
-                        self._store.write(step, snapshot)
-                    return ""
-                except Exception as error:
-                    problems.append(str(error))
-            return "; ".join(dict.fromkeys(problems))
-
-        if problem := on_main(find):
+        problem = f"its evaluations have no {self.metric}"
+        if self.reference is not None:
+            problem = on_main(lambda: self._fetch(pending, directories))
+        if problem:
             logger.warning(
                 "The reduction at step %d stays, whatever the next evaluation says, because there is nothing to go "
                 "back to: %s.",
-                step,
+                pending["step"],
                 problem,
             )
-            self.pending = None
+        else:
+            self.pending = pending
+
+    def _fetch(self, pending: dict[str, Any], directories: list[Path]) -> str:
+        """Make sure of the snapshot that a decision needs; returns why it cannot be had, or ""."""
+        problems = {}
+        for store in (self._store, *map(SnapshotStore, directories)):
+            if store.folder in problems:
+                continue
+            try:
+                snapshot = store.read(pending["step"], pending["digest"])
+                if store is not self._store:
+                    self._store.write(pending["step"], snapshot)
+                return ""
+            except Exception as error:
+                problems[store.folder] = str(error)
+        return "; ".join(problems.values())
 
     def check_run(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, events: list[int], per_epoch: int | None

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -247,7 +248,9 @@ def interrupted(path: Path, where: str, step: int) -> None:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_run_goes_on_bit_for_bit(straight, tmp_path, point):
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other threads of pytest, which the child does not need
+        child = os.fork()
     if child == 0:
         try:
             interrupted(tmp_path, *POINTS[point])

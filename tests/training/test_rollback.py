@@ -155,10 +155,11 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(tmp_path, restore):
 
     straight = go(tmp_path / "straight")
     assert [e.rolled_back_at for e in CompressionReport.load(tmp_path / "straight").events] == [10]
+    moved = (tmp_path / "straight").rename(tmp_path / "moved")
     for step in (8, 10) if restore else (6, 7, 9, 11):
-        resumed = go(tmp_path / f"from-{step}", str(tmp_path / "straight" / f"checkpoint-{step}"))
+        resumed = go(tmp_path / f"from-{step}", str(moved / f"checkpoint-{step}"))
         assert_equal_bit_for_bit(resumed, straight)
-        last = [trainer_state(tmp_path / name / "checkpoint-12") for name in ("straight", f"from-{step}")]
+        last = [trainer_state(tmp_path / name / "checkpoint-12") for name in ("moved", f"from-{step}")]
         for state in last:  # eval_on_start of the resumed run is one more entry
             state["log_history"] = [e for e in state["log_history"] if e["step"] == 12]
         assert last[0] == last[1]
@@ -178,6 +179,10 @@ def test_without_its_snapshot_a_resumed_run_keeps_the_reduction_and_says_so(tmp_
     gone = run(tmp_path / "gone", rule, str(tmp_path / "straight" / "checkpoint-8"), max_steps=12)
     assert "The reduction at step 7 stays, whatever the next evaluation says" in caplog.text
     assert state_sizes(damaged.model) == state_sizes(gone.model) == [1, 1]
+    renamed = rule | {"rollback_metric": "perplexity"}
+    with pytest.raises(KeyError, match="Expected 'eval_perplexity'"):
+        run(tmp_path / "another", renamed, str(tmp_path / "straight" / "checkpoint-8"))
+    assert "nothing to go back to: its evaluations have no eval_perplexity" in caplog.text
 
 
 def test_the_best_model_is_that_of_the_sizes_gone_back_to(tmp_path):
