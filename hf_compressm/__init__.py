@@ -2,6 +2,7 @@
 
 import logging as _logging
 
+from .analysis import Analysis, analyze
 from .compression import accept_other_sizes, compress, hankel_singular_values
 from .config import CompressionConfig
 from .fast_scans import use_fast_scans
@@ -24,6 +25,7 @@ from .training import CompreSSMCallback
 __version__ = "0.1.0"
 
 __all__ = [
+    "Analysis",
     "CompreSSMCallback",
     "CompressionConfig",
     "CompressionReport",
@@ -37,6 +39,7 @@ __all__ = [
     "ReducibleMambaForCausalLM",
     "UnsupportedSetupError",
     "accept_other_sizes",
+    "analyze",
     "compress",
     "hankel_singular_values",
     "register_reducer",

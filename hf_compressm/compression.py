@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from .config import CompressionConfig
@@ -73,7 +75,7 @@ def compress(
     """
     config = resolve_config(config, options)
     check_support(model, config, optimizer)
-    observation, loss = _calibrate(extract_model_from_parallel(model), config, dataloader)
+    observation, loss = calibrate(extract_model_from_parallel(model), config, dataloader)
     event = compress_once(model, config, optimizer, observation, loss)
     return CompressionReport(config.to_dict(), [event])
 
@@ -95,7 +97,7 @@ def hankel_singular_values(
         ValueError: nothing is reducible.
         ArithmeticError: a layer is unstable or not finite.
     """
-    observation, _ = _calibrate(extract_model_from_parallel(model), CompressionConfig(method=method), dataloader)
+    observation, _ = calibrate(extract_model_from_parallel(model), CompressionConfig(method=method), dataloader)
     return {name: reducer.spectrum().hsv.cpu() for name, reducer in observation.reducers.items()}
 
 
@@ -171,7 +173,7 @@ def compress_once(
     reducers = observation.reducers
     replicas = find_replicas(base)
     ranks = Ranks.of(base, replicas)
-    planner = _Planner(reducers, config, remaining_events, loss)
+    planner = _Planner(reducers, config, remaining_events, loss, show_progress=step is None)
     if ranks is None:
         plans = planner.plans()
     else:
@@ -273,7 +275,7 @@ def accept_other_sizes(model: nn.Module, optimizer: Optimizer | None = None) -> 
     base.register_load_state_dict_post_hook(follow)
 
 
-def _calibrate(model: nn.Module, config: CompressionConfig, dataloader: Iterable | None):
+def calibrate(model: nn.Module, config: CompressionConfig, dataloader: Iterable | None):
     """Observation and loss from a data loader, as far as the model and the rule need them."""
     observation = observe(model, config, training_only=False)
     by_loss = config.rule[0] == "max_loss_increase"
@@ -288,7 +290,7 @@ def _calibrate(model: nn.Module, config: CompressionConfig, dataloader: Iterable
     try:
         if observation.needed:
             with evaluation_mode(model), torch.no_grad():
-                for batch in batches:
+                for batch in tqdm(batches, desc="observing", unit="batch", leave=False, disable=None):
                     model(**batch)
     finally:
         observation.stop()
@@ -339,7 +341,9 @@ class _Planner:
         config: CompressionConfig,
         remaining_events: int,
         loss: Loss | None,
+        show_progress: bool = False,
     ):
+        self._progress = partial(tqdm, unit="layer", leave=False, disable=None if show_progress else True)
         self.reducers, self.config, self.remaining_events, self.loss = reducers, config, remaining_events, loss
         self.by_loss = config.rule[0] == "max_loss_increase"
         self.spectra: dict[str, Spectrum] = {}
@@ -348,7 +352,7 @@ class _Planner:
     def plans(self) -> dict[str, _Plan]:
         """What is to become of each layer."""
         plans = {n: _Plan(LayerReport(n, r.state_size, r.state_size)) for n, r in self.reducers.items()}
-        for name, reducer in self.reducers.items():
+        for name, reducer in self._progress(self.reducers.items(), desc="Gramians"):
             try:
                 with _one_thread():
                     self.spectra[name] = reducer.spectrum()
@@ -357,7 +361,7 @@ class _Planner:
             else:
                 values = self.spectra[name].hsv.tolist()
                 plans[name].report.hankel_singular_values = [float(f"{value:.5e}") for value in values]
-        for name, size in self._sizes().items():
+        for name, size in self._progress(self._sizes().items(), desc="reductions"):
             outcome = self._reduction(name, size)
             if isinstance(outcome, Exception):
                 plans[name].report.note = f"{type(outcome).__name__}: {outcome}"

@@ -1,8 +1,11 @@
 """What was reduced, when, and at what cost: a record that is saved beside the model."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from .plotting import plot_run
 
 REPORT_NAME = "compression_report.json"
 
@@ -94,10 +97,17 @@ class CompressionEvent:
 
 @dataclass
 class CompressionReport:
-    """All events of a run and the options they followed. Saved as `compression_report.json`."""
+    """All events of a run, the options they followed, and the run itself. Saved as `compression_report.json`.
+
+    Attributes:
+        config: the options, as `CompressionConfig(**config)` takes them.
+        events: one for each pass over the model.
+        run: command, seed, hyperparameters, data, versions, machine and speed, as far as they are known.
+    """
 
     config: dict
     events: list[CompressionEvent] = field(default_factory=list)
+    run: dict = field(default_factory=dict)
 
     @property
     def state_sizes(self) -> dict[str, int]:
@@ -144,7 +154,7 @@ class CompressionReport:
             CompressionEvent(**{**event, "layers": [LayerReport(**layer) for layer in event["layers"]]})
             for event in data["events"]
         ]
-        return cls(config=data["config"], events=events)
+        return cls(config=data["config"], events=events, run=data.get("run", {}))
 
     def save(self, path: str | Path) -> Path:
         """Write the report to a file, or into a directory under its standard name; the path is returned."""
@@ -180,11 +190,12 @@ class CompressionReport:
         rows += [f"The reduction at step {e.step} was taken back at step {e.rolled_back_at}." for e in self.taken_back]
         return "\n".join(rows)
 
-    def plot(self, path: str | Path | None = None):
-        """Draw the state sizes over the steps and the Hankel singular values of every layer before the first event.
+    def plot(self, path: str | Path | None = None, log_history: Sequence[dict] = ()):
+        """Draw the state sizes over the steps, the loss with the reductions marked, and the spectra of the layers.
 
         Args:
             path: where to save the figure, if anywhere.
+            log_history: `trainer.state.log_history`; without it the loss is left out.
 
         Returns:
             The matplotlib figure.
@@ -193,39 +204,7 @@ class CompressionReport:
             ImportError: matplotlib is not installed.
             ValueError: there is no event to draw.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Plots need matplotlib: pip install 'hf-compressm[plot]'.") from error
-        if not self.events:
-            raise ValueError("There is nothing to draw: no reduction has taken place.")
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        sizes, spectra = figure.subplots(1, 2)
-        self._plot_sizes(sizes)
-        self._plot_spectra(spectra)
-        sizes.legend(fontsize="small")
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
-
-    def _plot_sizes(self, axes) -> None:
-        steps = [0] + [k if event.step is None else event.step for k, event in enumerate(self.events, 1)]
-        for index, layer in enumerate(self.events[0].layers):
-            sizes = [layer.before] + [event.layers[index].after for event in self.events]
-            axes.step(steps, sizes, where="post", marker="o", markersize=3, label=layer.name)
-        axes.set(xlabel="optimizer step", ylabel="states", title="State sizes", ylim=(0, None))
-
-    def _plot_spectra(self, axes) -> None:
-        for index, layer in enumerate(self.events[0].layers):
-            values = layer.hankel_singular_values
-            if not values:
-                continue
-            line = axes.semilogy(range(1, len(values) + 1), values, label=layer.name)[0]
-            kept = self.events[0].layers[index]
-            if kept.after != kept.before:
-                cut = round(len(values) * kept.after / kept.before)
-                axes.plot(cut, values[cut - 1], "o", color=line.get_color())
-        axes.set(xlabel="i", ylabel="σᵢ", title="Hankel singular values before the first event (● cut)")
+        return plot_run(self.events, log_history, path)
 
 
 def _resolve(path: str | Path) -> Path:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -53,12 +54,46 @@ def test_the_table_goes_from_the_first_size_to_the_last(report):
     assert str(CompressionReport({})) == "no reduction has taken place"
 
 
-def test_the_plot_shows_every_layer(report, tmp_path):
+def test_the_plot_shows_every_layer_and_every_event(report, tmp_path):
     figure = report.plot(tmp_path / "plot.png")
-    sizes, spectra = figure.axes
+    sizes, *spectra = figure.axes
     assert [list(line.get_ydata()) for line in sizes.lines] == [[16, 10, 6], [16, 16, 16]]
     assert list(sizes.lines[0].get_xdata()) == [0, 25, 50]
-    assert len(spectra.lines[0].get_ydata()) == 32
+    assert [ax.get_title() for ax in spectra] == ["layers.0.mixer", "layers.1.mixer"]
+    curves = [line for line in spectra[0].lines if len(line.get_ydata()) > 1]
+    assert [len(line.get_ydata()) for line in curves] == [32, 20]  # before the first event, before the second
+    cuts = [line for line in spectra[0].lines if len(line.get_ydata()) == 1]
+    assert [int(line.get_xdata()[0]) for line in cuts] == [20, 12]
+    assert not [line for line in spectra[1].lines if len(line.get_ydata()) == 1]  # never reduced
     assert (tmp_path / "plot.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="nothing to draw"):
         CompressionReport({}).plot()
+
+
+def test_the_plot_shows_the_loss_with_the_reductions_marked(report):
+    history = [{"step": step, "loss": 100 / step} for step in (20, 40, 60)] + [{"step": 60, "eval_loss": 1.5}]
+    sizes, loss, *_ = report.plot(log_history=history).axes
+    assert list(sizes.lines[0].get_xdata()) == [0, 25, 50, 60]  # up to the end of the run
+    training, evaluation, *marks = loss.lines
+    assert list(training.get_xdata()) == [20, 40, 60]
+    assert list(training.get_ydata()) == [5.0, 2.5, 100 / 60]
+    assert list(evaluation.get_ydata()) == [1.5]
+    assert [mark.get_xdata()[0] for mark in marks] == [25, 50]
+
+
+def test_the_plot_goes_back_where_a_reduction_was_taken_back(report):
+    second = replace(report.events[1], rolled_back_at=60)
+    sizes, *_ = CompressionReport({}, [report.events[0], second]).plot(log_history=[{"step": 80, "loss": 1}]).axes
+    assert list(zip(*sizes.lines[0].get_data(), strict=True)) == [(0, 16), (25, 10), (50, 6), (60, 10), (80, 10)]
+
+
+def test_of_many_layers_some_are_drawn(report):
+    layers = [replace(report.events[0].layers[0], name=f"layers.{i}.mixer") for i in range(20)]
+    _, *spectra = CompressionReport({}, [CompressionEvent(layers, 0.1)]).plot().axes
+    assert [ax.get_title() for ax in spectra] == [f"layers.{i}.mixer" for i in (0, 4, 8, 11, 15, 19)]
+
+
+def test_reports_of_before_there_was_a_record_of_the_run_load(report):
+    data = report.to_dict()
+    del data["run"]
+    assert CompressionReport.from_dict(data) == report

@@ -37,7 +37,10 @@ from ..surgery import (
 )
 from .calibration import Calibration
 from .checkpoint import Replacement, ResumingTrain, is_checkpoint, local_processes
+from .dry_run import DryRun
+from .publishing import Publishing
 from .rollback import Rollback, steps_per_epoch
+from .run_record import RunRecord
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     With ``resume_from_checkpoint=True`` incomplete checkpoints are stepped over.
 
     Each event is one line in the log and one entry for the loggers of the Trainer (`compressm/...`);
-    `compression_report.json` is written to the output directory and to each checkpoint.
+    `compression_report.json` is written to the output directory and to each checkpoint. With `dry_run=True` each event
+    prints what several tolerances would keep and gain, and changes nothing.
+
+    Pushes to the Hub carry the report, a figure, a model card made of them and, for the architectures of this package,
+    the code for `trust_remote_code`.
 
     Args:
         config: the options; or give them by name.
@@ -82,6 +89,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._added: list[nn.Parameter] = []
         self._adoption: RemovableHandle | None = None
         self._saving: Replacement | None = None
+        self._record: RunRecord | None = None
+        self._publishing: Publishing | None = None
+        self._dry_run = DryRun()
         self._running = self._stepped = self._calibrated = False
         self._max_steps, self._output_dir = 0, ""
         self._trainer_ref: weakref.ref[Trainer] | None = None
@@ -137,15 +147,24 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._added = added_parameters(model)
         if trainer is not None:
             self._saving = Replacement(trainer, "save_model", self._with_own_files)
+        self._record = RunRecord(self.report.run, self.config.events(state.max_steps))
+        self._record.describe(args, model, trainer)
+        self._publishing = None if self.config.dry_run else Publishing(trainer, model, self.report, state)
         self._running, self._stepped = True, False
         if state.is_world_process_zero:
             steps = ", ".join(map(str, self._events)) or "none"
             logger.info("reductions (%s=%s) after step %s of %d", *self.config.rule, steps, state.max_steps)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ):
         self._stepped = True
-        if self._in_window(args, state.global_step):
+        observed = self._in_window(args, state.global_step)
+        if observed:
             self._calibration.start()
+        if self.config.dry_run and state.global_step + 1 in self._events:
+            self._dry_run.watch(model)
+        self._record.step_begins(state.global_step + 1, observed and self._calibration.observation.needed)
 
     def on_step_end(
         self,
@@ -157,17 +176,23 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs,
     ):
         step = state.global_step
+        self._record.step_ends()
         if step not in self._events:
             return
         remaining = sum(event >= step for event in self._events)
         self._calibration.stop()
         observation, loss = self._calibration.observation, self._calibration.loss(model)
+        if self.config.dry_run:
+            table = self._dry_run.analyze(model, self.config, observation)
+            if state.is_world_process_zero:
+                logger.info("step %d:\n%s", step, table)
         keep = None
         if self._rollback is not None:
             keep = partial(self._rollback.prepare, step, model, optimizer, state)
         event = compress_once(model, self.config, optimizer, observation, loss, step, remaining, keep)
         self._calibration = self._begin_calibration(model)
         self._added = added_parameters(model)
+        self._record.count(model)
         self.report.events.append(event)
         if event.changed and not event.dry_run:
             # models from before and after a reduction are not to be compared
@@ -199,6 +224,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             self._rollback.clean()
 
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._publishing is not None:
+            self._publishing.on_push_begin(args, state)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self._saving is None and checkpoint.is_dir():
@@ -227,6 +256,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             torch._dynamo.reset()
         if self._rollback is not None:
             self._rollback.finish(state.is_world_process_zero)
+        self._record.count(model)
+        self._record.finish()
         if state.is_world_process_zero:
             self.report.save(Path(self._output_dir))
 
@@ -361,6 +392,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         checkpoint.mkdir(parents=True, exist_ok=True)  # the first process may not have come so far
         self._calibrated = self._calibration.save(args.process_index, checkpoint)
         if args.process_index == 0:
+            self._record.finish()
             self.report.save(checkpoint)
 
     def _log(self, line: object, numbers: dict[str, float], state: TrainerState, control: TrainerControl) -> None:

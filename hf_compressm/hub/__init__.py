@@ -1,0 +1,18 @@
+"""What others get to see of a model: its card, its figures, its code, and stock checkpoints."""
+
+from .card import PLOT_NAME, build_card
+from .publish import Publication, copy_published, write_card
+from .remote_code import bundle_remote_code
+from .run import Run
+from .stock import to_stock
+
+__all__ = [
+    "PLOT_NAME",
+    "Publication",
+    "Run",
+    "build_card",
+    "bundle_remote_code",
+    "copy_published",
+    "to_stock",
+    "write_card",
+]

@@ -1,0 +1,101 @@
+"""A run as its files tell it: `compression_report.json`, `trainer_state.json`, `config.json` and the weights."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
+
+from ..report import REPORT_NAME, CompressionReport
+
+_NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_input_tokens_seen")
+
+
+@dataclass
+class Run:
+    """What is known of a run.
+
+    Attributes:
+        name: of the model.
+        report: what was reduced.
+        log_history: of the Trainer; empty without one.
+        max_steps: of the run; None without a Trainer.
+        config: of the model, as in its file; empty if there is none.
+        parameters: number of parameters in the weights; None without weights.
+    """
+
+    name: str
+    report: CompressionReport
+    log_history: list[dict]
+    max_steps: int | None
+    config: dict
+    parameters: int | None
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Run":
+        """Read a directory that a Trainer, or `hf-compressm reduce`, wrote to.
+
+        Raises:
+            ValueError: there is no report in it.
+        """
+        directory = Path(directory)
+        if not (directory / REPORT_NAME).is_file():
+            raise ValueError(
+                f"there is no {REPORT_NAME} in {directory}: expected the output directory of a run with "
+                "CompreSSMCallback, one of its checkpoints, or what `hf-compressm reduce` wrote."
+            )
+        state = _trainer_state(directory)
+        config = _read_json(directory / CONFIG_NAME)
+        return cls(
+            directory.resolve().name,
+            CompressionReport.load(directory),
+            state.get("log_history", []),
+            state.get("max_steps"),
+            config,
+            _count_parameters(directory),
+        )
+
+    @property
+    def changed_events(self) -> list:
+        """The events that changed the model, and were not taken back."""
+        events = self.report.events
+        return [event for event in events if event.changed and not event.dry_run and event.rolled_back_at is None]
+
+    def evaluations(self) -> list[tuple[int, dict[str, float]]]:
+        """Steps and metrics of every evaluation, in the order of the run."""
+        found = []
+        for entry in self.log_history:
+            metrics = {
+                key.removeprefix("eval_"): value
+                for key, value in entry.items()
+                if key.startswith("eval_") and key.removeprefix("eval_") not in _NOT_METRICS
+            }
+            if metrics:
+                found.append((entry.get("step", 0), metrics))
+        return found
+
+
+def _trainer_state(directory: Path) -> dict:
+    """That of the directory, or of its last checkpoint; empty if there is none."""
+    checkpoints = [p for p in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
+    newest_first = sorted(checkpoints, key=lambda path: -int(path.name.rpartition("-")[2]))
+    return next(filter(None, (_read_json(d / TRAINER_STATE_NAME) for d in (directory, *newest_first))), {})
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _count_parameters(directory: Path) -> int | None:
+    """Numbers in the safetensors files, of which only the headers are read."""
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        if file.name.startswith(("model", "adapter_model")):
+            with safe_open(file, framework="pt") as tensors:
+                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            total += sum(math.prod(shape) for shape in shapes)
+    return total or None
