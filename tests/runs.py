@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_compressm import CompreSSMCallback
 
-TIMES = ("runtime", "per_second", "seconds", "flos")  # parts of names of what differs from run to run
+TIMES = ("runtime", "per_second", "seconds", "flos", "step_ms", "command")  # in names of what differs from run to run
 
 
 def arguments(path, **options):

@@ -66,6 +66,7 @@ def test_the_checkpoint_is_the_one_of_a_run_reduced_in_training(reduced_in_train
     ours, theirs = trainer_state(target), trainer_state(Path(expected))
     for state in (ours, theirs):  # the Trainer has not yet logged its own step when the callback does
         state["log_history"].sort(key=str)
+        state["stateful_callbacks"]["CompreSSMCallback"]["attributes"]["report"].pop("run")  # of a run with one
     assert ours == theirs
     assert [event.step for event in CompressionReport.load(target).events] == [10]
     assert report.events[0].changed
