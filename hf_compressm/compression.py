@@ -33,8 +33,11 @@ from .surgery import (
     check_replicas_equal,
     drop_stale_state,
     find_replicas,
+    is_sharded,
     rebuild_reducer,
     reset_state,
+    reshard,
+    whole_parameters,
 )
 
 logger = logging.getLogger(__name__)
@@ -136,6 +139,8 @@ def check_support(
             f"target_state_size={value} is above the present state size {largest}. A reduction only removes states: "
             "choose a smaller target or start from a larger model."
         )
+    if is_sharded(base):
+        _check_sharded(config, reducers)
     growing = [r.module for r in reducers.values() if r.added_parameters and r.method == "balanced"]
     if growing:
         check_adoption(optimizer, base, growing)
@@ -144,6 +149,22 @@ def check_support(
             f"uniform=False needs a state size per layer, which {type(model).__name__} does not have. Leave `uniform` "
             "out, or train the reducible class of this architecture."
         )
+
+
+def _check_sharded(config: CompressionConfig, reducers: Mapping[str, StateReducer]) -> None:
+    """Refuse what one rank cannot do alone, or what `fully_shard` has no place for."""
+    if config.rule[0] == "max_loss_increase" or config.rollback_metric:
+        raise UnsupportedSetupError(
+            "`max_loss_increase` and `rollback_metric` put trial or former weights in place, which is not supported "
+            "while FSDP2 shards them. Choose another rank rule without rollback, or DistributedDataParallel."
+        )
+    for name, reducer in reducers.items():
+        new = [n for n in reducer.added_parameters if getattr(reducer.module, n, None) is None]
+        if new and reducer.method == "balanced":
+            raise UnsupportedSetupError(
+                f"A balanced reduction of {name} adds the parameters {', '.join(new)}, for which FSDP2 has no place. "
+                'Use method="selection", or DistributedDataParallel.'
+            )
 
 
 def compress_once(
@@ -171,15 +192,15 @@ def compress_once(
     observation = observation or observe(base, config)
     observation.stop()
     reducers = observation.reducers
+    reshard(base)
     replicas = find_replicas(base)
     ranks = Ranks.of(base, replicas)
     planner = _Planner(reducers, config, remaining_events, loss, show_progress=step is None)
-    if ranks is None:
-        plans = planner.plans()
-    else:
+    if ranks is not None:
         observation.reduce_over_ranks(ranks)
+    with whole_parameters(base, [reducer.module for reducer in reducers.values()]):
         # rounding differs between machines: one rank decides for all
-        plans = ranks.decide(lambda: _on_cpu(planner.plans()))
+        plans = planner.plans() if ranks is None else ranks.decide(lambda: _on_cpu(planner.plans()))
     changes = {name: plan.reduction for name, plan in plans.items() if plan.reduction is not None}
     if changes and not config.dry_run and (why := _obstacle(base, ranks, before_change)):
         for name in changes:
@@ -482,6 +503,7 @@ def _apply(
             carry_state(optimizer, params, reduction.gradient_maps)
         else:
             reset_state(optimizer, list(params.values()))
-        reducers[name].apply(reduction)
+        with whole_parameters(model, [reducers[name].module]):
+            reducers[name].apply(reduction)
     adopt_new_parameters(model, optimizer)
     sync_config(model)

@@ -15,6 +15,7 @@ from .optimizer import (
 from .parameters import resize_parameter_
 from .preconditions import UnsupportedSetupError, check_model
 from .replicas import Ranks, check_replicas_equal, find_replicas, rebuild_reducer
+from .sharding import is_sharded, reshard, whole_parameters
 
 __all__ = [
     "GradientMap",
@@ -29,9 +30,12 @@ __all__ = [
     "check_replicas_equal",
     "drop_stale_state",
     "find_replicas",
+    "is_sharded",
     "rebuild_reducer",
     "release_parameters",
     "reset_state",
+    "reshard",
     "resize_parameter_",
     "unwrap_optimizer",
+    "whole_parameters",
 ]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .sharding import sharded_like, whole
+
 
 @dataclass(frozen=True)
 class GradientMap:
@@ -161,19 +163,19 @@ def _carry_group(states: list[dict], shapes: list[torch.Size], betas, gradient_m
     old_mean, new_mean = None, None
     for key in layout.first:
         if all(torch.is_tensor(s.get(key)) for s in states):
-            old_mean = [s[key].double() / c for s, c in zip(states, first, strict=True)]
+            old_mean = [whole(s[key]).double() / c for s, c in zip(states, first, strict=True)]
             new_mean = gradient_map.apply(old_mean)
             _store(states, key, [m * c for m, c in zip(new_mean, first, strict=True)])
     for key in layout.second:
         if all(torch.is_tensor(s.get(key)) for s in states):
-            old = [s[key].double() / c for s, c in zip(states, second, strict=True)]
+            old = [whole(s[key]).double() / c for s, c in zip(states, second, strict=True)]
             new = _map_second_moments(gradient_map, old, old_mean, new_mean)
             _store(states, key, [v * c for v, c in zip(new, second, strict=True)])
     if layout.factored and all(torch.is_tensor(s.get(layout.factored[0])) for s in states):
         _carry_factored(states, shapes, gradient_map, layout.factored)
     for key in layout.restart:
         if all(torch.is_tensor(s.get(key)) for s in states):
-            _store(states, key, [torch.zeros_like(t) for t in gradient_map.apply([s[key] for s in states])])
+            _store(states, key, [torch.zeros_like(t) for t in gradient_map.apply([whole(s[key]) for s in states])])
 
 
 def _bias_corrections(states: list[dict], betas) -> tuple[list[float], list[float]]:
@@ -197,8 +199,8 @@ def _carry_factored(states, shapes, gradient_map: GradientMap, keys: tuple[str, 
     """Adafactor: expand ``v ≈ row col / mean(row)`` over the last two dimensions, map it, and take means again."""
     second = []
     for state, shape in zip(states, shapes, strict=True):
-        row = state[keys[0]].double().reshape(*shape[:-1], 1)
-        col = state[keys[1]].double().reshape(*shape[:-2], 1, shape[-1])
+        row = whole(state[keys[0]]).double().reshape(*shape[:-1], 1)
+        col = whole(state[keys[1]]).double().reshape(*shape[:-2], 1, shape[-1])
         second.append(row @ col / row.mean(-2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
     mapped = _map_second_moments(gradient_map, second, None, None)
     keepdim = states[0][keys[0]].dim() == len(shapes[0])
@@ -208,7 +210,8 @@ def _carry_factored(states, shapes, gradient_map: GradientMap, keys: tuple[str, 
 
 def _store(states: list[dict], key: str, tensors: list[Tensor]) -> None:
     for state, tensor in zip(states, tensors, strict=True):
-        state[key] = tensor.to(device=state[key].device, dtype=state[key].dtype).contiguous()
+        old = state[key]
+        state[key] = sharded_like(tensor.to(device=old.device, dtype=old.dtype).contiguous(), old)
 
 
 def check_adoption(optimizer: Optimizer | None, model: nn.Module, modules: list[nn.Module]) -> None:

@@ -2,6 +2,9 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .preconditions import UnsupportedSetupError
 
 
 @torch.no_grad()
@@ -16,9 +19,18 @@ def resize_parameter_(param: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
         param: the parameter, of any shape; its gradient is dropped.
         data: the new values, of any shape; cast to the dtype and the device of `param` and copied.
 
+    Raises:
+        UnsupportedSetupError: the parameter is sharded.
+
     Returns:
         `param`.
     """
+    if isinstance(param.data, DTensor):
+        raise UnsupportedSetupError(
+            f"Expected weights of shape {tuple(param.shape)}; found {tuple(data.shape)}. Weights of other state sizes "
+            "cannot be loaded into a sharded model: make it from the config beside them "
+            "(`from_pretrained(checkpoint)`) before it is sharded."
+        )
     new = data.detach().to(device=param.device, dtype=param.dtype).clone(memory_format=torch.contiguous_format)
     param.grad = None
     other = torch.float64 if param.dtype == torch.float32 else torch.float32

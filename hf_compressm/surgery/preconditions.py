@@ -2,7 +2,8 @@
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+
+from .sharding import find_obstacle
 
 _OFFLINE = (
     "Or stop the run at a checkpoint, reduce that with `hf-compressm reduce CHECKPOINT --data ... --output_dir ...`, "
@@ -37,12 +38,13 @@ def check_model(model: nn.Module) -> None:
         )
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         raise UnsupportedSetupError(
-            f"FSDP flattens the parameters of a block. Use DistributedDataParallel. {_OFFLINE}"
+            "FSDP flattens the parameters of a block. Use FSDP2 (`fsdp_version: 2`) or DistributedDataParallel. "
+            f"{_OFFLINE}"
         )
-    if any(isinstance(p.data, DTensor) for p in model.parameters()):
+    if obstacle := find_obstacle(model):
         raise UnsupportedSetupError(
-            f"Sharded parameters (DTensor: FSDP2 or tensor parallel) are not supported. "
-            f"Use DistributedDataParallel. {_OFFLINE}"
+            f"The parameters cannot change shape, because {obstacle}. Use `fully_shard` (FSDP2) on one group of "
+            f"processes or DistributedDataParallel. {_OFFLINE}"
         )
     if any(p.device.type == "meta" for p in model.parameters()):
         raise UnsupportedSetupError(

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from .preconditions import UnsupportedSetupError
+from .sharding import whole
 
 _PATIENCE = timedelta(minutes=5)  # with ranks that come late, for instance from writing a checkpoint
 
@@ -108,7 +109,7 @@ class Ranks:
         digest = hashlib.sha256()
         for name, param in model.named_parameters():
             digest.update(f"{name}{tuple(param.shape)}".encode())
-            digest.update(param.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(whole(param.detach()).cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         digests = self.gather(digest.hexdigest())
         return [rank for rank, found in enumerate(digests) if found != digests[0]]
 

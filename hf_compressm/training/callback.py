@@ -417,6 +417,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 f"One process sees {args.n_gpu} GPUs, so that the Trainer uses torch.nn.DataParallel, which is not "
                 "supported. Launch with `torchrun` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
+        plugin = None if self._trainer is None else getattr(self._trainer.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and "FULL" not in str(plugin.state_dict_type):
+            raise UnsupportedSetupError(
+                "A run under FSDP resumes at a reduced size from whole checkpoints, which hold the config of that "
+                f"size; found {plugin.state_dict_type}. Set `state_dict_type: FULL_STATE_DICT`."
+            )
         if args.auto_find_batch_size and self._resuming is not None and self._resuming.reduced:
             raise UnsupportedSetupError(
                 "auto_find_batch_size begins the run again with a smaller batch, but the model has been reduced "

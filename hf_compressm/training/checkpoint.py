@@ -132,6 +132,25 @@ def check_checkpoint(checkpoint: Path, model: nn.Module) -> None:
     _check_origin(checkpoint, model)
 
 
+def check_sizes(checkpoint: Path, model: nn.Module) -> None:
+    """Refuse weights of other sizes, for a model that is sharded before they are loaded.
+
+    Raises:
+        ValueError: what was expected and what was found.
+    """
+    for file in checkpoint.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names = set(weights.keys())
+            for name, value in model.state_dict().items():
+                shape = tuple(weights.get_slice(name).get_shape()) if name in names else value.shape
+                if shape != value.shape:
+                    raise ValueError(
+                        f"Expected {name} of shape {tuple(value.shape)} in {checkpoint}; found {shape}, which a "
+                        "sharded model cannot take. Give the Trainer the model that `from_pretrained` makes of the "
+                        "checkpoint."
+                    )
+
+
 def _check_origin(checkpoint: Path, model: nn.Module) -> None:
     names = _weight_names(checkpoint)
     if names is None:
@@ -222,6 +241,8 @@ class ResumingTrain:
         try:
             found = last_whole_checkpoint(self._trainer.args.output_dir) if wanted is True else Path(wanted)
             check_checkpoint(found, self._trainer.model)
+            if self._trainer.is_fsdp_enabled:
+                check_sizes(found, self._trainer.model)
         except ValueError as error:
             return "", str(error)
         return str(found), ""
