@@ -87,6 +87,7 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kills", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments; the runs have seeds 0, 1, 2, ...")
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this time, with fewer kills")
     parser.add_argument("--run_seeds", type=int, default=2, help="uninterrupted runs of each kind to compare with")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
@@ -101,7 +102,7 @@ def main(args: list[str]) -> None:
                 if died:
                     raise RuntimeError(f"the uninterrupted run of {name!r} failed; see {path.with_suffix('.log')}")
                 straight[name, seed] = path, marks
-        while len(rows) < options.kills:
+        while len(rows) < options.kills and time.perf_counter() - started < 60 * options.minutes:
             name, seed = list(straight)[len(rows) % len(straight)]
             reference, marks = straight[name, seed]
             row = kill_and_resume(name, seed, reference, marks, draw, Path(folder) / "killed")
