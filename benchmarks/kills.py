@@ -267,8 +267,14 @@ def train(name: str, seed: int, path: Path, pipe: int, resume: bool) -> None:
 
 
 def difference(one: Path, other: Path) -> str:
-    """What differs between two output directories; "equal" if nothing does."""
-    files = [sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) for path in (one, other)]
+    """What differs between two output directories; "equal" if nothing does.
+
+    A file that safetensors was writing beside a checkpoint's when it was killed stays there, and does not matter.
+    """
+    files = [
+        sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and not p.match("checkpoint-*/.tmp*"))
+        for path in (one, other)
+    ]
     if files[0] != files[1]:
         return f"files differ: {sorted(set(files[0]) ^ set(files[1]))}"
     different = [name for name in files[0] if not _equal(one / name, other / name)]

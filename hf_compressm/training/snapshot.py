@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,13 +102,10 @@ class SnapshotStore:
         """
         digest = snapshot.digest()
         metadata = {"values": json.dumps(snapshot.values), "on_cpu": json.dumps(snapshot.on_cpu)}
-        unfinished = self.folder / f"unfinished-{os.getpid()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(snapshot.tensors, unfinished, metadata)
-            os.replace(unfinished, self._file(step))
-        finally:
-            unfinished.unlink(missing_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            snapshot.tensors, self._file(step), metadata
+        )  # by a file beside it, which takes its place when whole
         return digest
 
     def read(self, step: int, digest: str) -> Snapshot:
@@ -134,7 +130,7 @@ class SnapshotStore:
         """Delete the files of all other steps, and what an interrupted `write` left."""
         kept = {self._file(step) for step in steps}
         with suppress(OSError):  # too many files are no reason to end a run
-            for path in {*self.folder.glob("step-*.safetensors"), *self.folder.glob("unfinished-*")} - kept:
+            for path in {*self.folder.glob("step-*.safetensors"), *self.folder.glob(".tmp*")} - kept:
                 path.unlink(missing_ok=True)
             self.folder.rmdir()  # if nothing is left in it
 

@@ -353,6 +353,16 @@ def test_going_back_and_training_on_equals_never_having_reduced(tmp_path, name, 
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(again)), key
 
 
+def test_what_a_killed_write_leaves_is_cleared_away_and_nothing_else(tmp_path):
+    store = SnapshotStore(tmp_path)
+    for step in (1, 2):
+        store.write(step, Snapshot.take(tiny_lm(), None))
+    for name in (".tmpAbCdEf", "notes.txt"):
+        (tmp_path / FOLDER / name).touch()
+    store.keep_only({2})
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["notes.txt", "step-2.safetensors"]
+
+
 def test_state_that_is_no_number_is_not_half_kept(tmp_path):
     model = tiny_lm()
     optimizer = Stateful(model.parameters(), lr=0.1)
