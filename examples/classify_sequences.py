@@ -23,7 +23,7 @@ from PIL import Image as PillowImage
 from sklearn.datasets import load_digits
 from transformers import AutoModelForSequenceClassification, Trainer, set_seed
 
-from common import StepTimer, fail, parse_arguments, state_sizes
+from common import EvaluateAroundReductions, StepTimer, fail, parse_arguments, state_sizes
 from hf_compressm import CompreSSMCallback, ssm_param_groups
 from metrics import most_likely_class, sequence_accuracy
 
@@ -186,11 +186,16 @@ def main(args: list[str] | None = None) -> None:
         preprocess_logits_for_metrics=most_likely_class,
         compute_metrics=sequence_accuracy,
         optimizers=(optimizer_class(groups, **options), None),
-        callbacks=[timer, CompreSSMCallback(compression)] if model_args.do_compress else [timer],
+        callbacks=[timer, EvaluateAroundReductions(compression), CompreSSMCallback(compression)]
+        if model_args.do_compress
+        else [timer],
     )
     trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     final = trainer.evaluate()
     trainer.save_model()
+    trainer.save_state()
+    data_name = data_args.dataset_name or (Path(data_args.data_dir).name if data_args.data_dir else "sklearn digits")
+    trainer.create_model_card(dataset=data_name)
     if not trainer.is_world_process_zero():
         return
 

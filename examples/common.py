@@ -145,6 +145,24 @@ class StepTimer(TrainerCallback):
         return 1e3 * median(taken) if taken else None
 
 
+class EvaluateAroundReductions(TrainerCallback):
+    """Evaluate one step before the first reduction and right after the last."""
+
+    def __init__(self, compression: CompressionConfig):
+        self.compression = compression
+        self.before = self.after = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Look up the schedule."""
+        events = self.compression.events(state.max_steps)
+        self.before, self.after = events[0] - 1, events[-1]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for an evaluation."""
+        if state.global_step in (self.before, self.after):
+            control.should_evaluate = True
+
+
 def _now() -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()

@@ -19,14 +19,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     set_seed,
 )
 
 from bpe_tokenizer import bpe_tokenizer
 from byte_tokenizer import byte_tokenizer
-from common import StepTimer, fail, parse_arguments, state_sizes
-from hf_compressm import CompressionConfig, CompreSSMCallback
+from common import EvaluateAroundReductions, StepTimer, fail, parse_arguments, state_sizes
+from hf_compressm import CompreSSMCallback
 from metrics import most_likely_class, next_token_accuracy
 
 DEFAULTS = {
@@ -76,24 +75,6 @@ class DataArguments:
     )
     vocab_size: int | None = field(default=None, metadata={"help": f"Tokens of 'bpe'. Default: {VOCAB_SIZE}."})
     sequence_length: int = field(default=256, metadata={"help": "Tokens per training sequence."})
-
-
-class EvaluateAroundReductions(TrainerCallback):
-    """Evaluate one step before the first reduction and right after the last."""
-
-    def __init__(self, compression: CompressionConfig):
-        self.compression = compression
-        self.before = self.after = 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Look up the schedule."""
-        events = self.compression.events(state.max_steps)
-        self.before, self.after = events[0] - 1, events[-1]
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Ask for an evaluation."""
-        if state.global_step in (self.before, self.after):
-            control.should_evaluate = True
 
 
 def load_texts(data: DataArguments) -> DatasetDict:
@@ -263,6 +244,8 @@ def main(args: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     final = trainer.evaluate()
     trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card(dataset=data_args.dataset_name or Path(data_args.train_file).name)
     if not trainer.is_world_process_zero():
         return
 
