@@ -40,6 +40,17 @@ def run_example(script: str, options: dict, log: Path) -> float:
     return time.perf_counter() - start
 
 
+def now() -> float:
+    """Seconds: of the processor with one thread, which other programs do not lengthen; of the clock with several."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in MB; `ru_maxrss` would also count the process that started it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def save_results(name: str, results: dict) -> Path:
     """Write results with date, machine and versions beside the benchmarks."""
     now = datetime.datetime.now(datetime.UTC)

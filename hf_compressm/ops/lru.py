@@ -40,8 +40,8 @@ def lru_scan_reference(
     driven = driven.to(B.dtype) @ B.T
     h = driven.new_zeros(u.shape[0], lam.shape[0]) if h0 is None else torch.view_as_complex(h0.to(dtype).contiguous())
     outputs = []
-    for t in range(u.shape[1]):
-        moved = lam * h + driven[:, t]
+    for t, new in enumerate(driven.unbind(1)):
+        moved = lam * h + new
         h = moved if mask is None else torch.where(mask[:, t, None], moved, h)
         outputs.append((h @ C.T).real)
     y = torch.stack(outputs, 1) if outputs else u.new_zeros(u.shape[0], 0, C.shape[0])

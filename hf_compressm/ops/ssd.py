@@ -86,6 +86,8 @@ def ssd_scan(
     _check(x, dt, A, B, C, h0, mask, chunk_size)
     dtype = state_dtype(x)
     x, dt, B = zero_where_masked(mask, x, dt, B)
+    if x.shape[1] == 1:  # a step of generation
+        return ssd_scan_reference(x, dt, A, B, C, h0)
     groups = B.shape[2]
     # (batch, H, P, n) <-> (batch, G, n, R, P)
     h0 = None if h0 is None else h0.to(dtype).unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3)
