@@ -75,6 +75,18 @@ def compress(
     Raises:
         ValueError: nothing is reducible, an option does not fit the model, the optimizer cannot follow, or the set-up
             is unsupported (`UnsupportedSetupError`). The model is then unchanged.
+
+    Example:
+
+    ```python
+    >>> from hf_compressm import MimoSSMConfig, MimoSSMForCausalLM, compress
+
+    >>> model = MimoSSMForCausalLM(MimoSSMConfig(vocab_size=16, hidden_size=4, state_size=32, num_hidden_layers=1))
+    >>> report = compress(model, target_state_size=8)
+    >>> report.state_sizes
+    {'model.layers.0.mixer': 8}
+
+    ```
     """
     config = resolve_config(config, options)
     check_support(model, config, optimizer)
@@ -99,6 +111,17 @@ def hankel_singular_values(
     Raises:
         ValueError: nothing is reducible.
         ArithmeticError: a layer is unstable or not finite.
+
+    Example:
+
+    ```python
+    >>> from hf_compressm import MimoSSMConfig, MimoSSMForCausalLM, hankel_singular_values
+
+    >>> model = MimoSSMForCausalLM(MimoSSMConfig(vocab_size=16, hidden_size=4, state_size=32, num_hidden_layers=1))
+    >>> hankel_singular_values(model)["model.layers.0.mixer"].shape
+    torch.Size([64])
+
+    ```
     """
     observation, _ = calibrate(extract_model_from_parallel(model), CompressionConfig(method=method), dataloader)
     return {name: reducer.spectrum().hsv.cpu() for name, reducer in observation.reducers.items()}

@@ -15,6 +15,16 @@ class CompressionConfig:
 
     Raises:
         ValueError: an option outside its range, or two rank rules at once.
+
+    Example:
+
+    ```python
+    >>> from hf_compressm import CompressionConfig
+
+    >>> CompressionConfig(tolerance=0.02, end=0.2, num_reductions=2).events(max_steps=1000)
+    [100, 200]
+
+    ```
     """
 
     tolerance: float | None = field(

@@ -139,6 +139,18 @@ def use_fast_scans(model: nn.Module, enabled: bool = True) -> FastScansHandle:
 
     Raises:
         ValueError: no such mixer in `model`, or one whose forward has been replaced.
+
+    Example:
+
+    ```python
+    >>> from transformers import MambaConfig, MambaForCausalLM
+
+    >>> from hf_compressm import use_fast_scans
+
+    >>> model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=1))
+    >>> handle = use_fast_scans(model)
+
+    ```
     """
     swap = _FAST if enabled else _STOCK
     mixers = [module for module in model.modules() if isinstance(module, tuple(_FAST))]

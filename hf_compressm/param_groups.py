@@ -26,6 +26,17 @@ def ssm_param_groups(
 
     Raises:
         ValueError: `model` has no reducible layer.
+
+    Example:
+
+    ```python
+    >>> from hf_compressm import MimoSSMConfig, MimoSSMForCausalLM, ssm_param_groups
+
+    >>> model = MimoSSMForCausalLM(MimoSSMConfig(vocab_size=16, hidden_size=4, state_size=8, num_hidden_layers=1))
+    >>> [group["lr"] for group in ssm_param_groups(model, lr=4e-3, ssm_lr=1e-3)]
+    [0.004, 0.004, 0.001]
+
+    ```
     """
     layers = find_reducible(model).values()
     if not layers:

@@ -103,6 +103,16 @@ class CompressionReport:
         config: the options, as `CompressionConfig(**config)` takes them.
         events: one for each pass over the model.
         run: command, seed, hyperparameters, data, versions, machine and speed, as far as they are known.
+
+    Example:
+
+    ```python
+    >>> from hf_compressm import CompressionReport
+
+    >>> report = CompressionReport.load("outputs/demo")  # doctest: +SKIP
+    >>> report.plot("report.png")  # doctest: +SKIP
+
+    ```
     """
 
     config: dict

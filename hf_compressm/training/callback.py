@@ -78,6 +78,17 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: from the constructor, for an option outside its range; at the start of training, for a model, an
             optimizer, a schedule or a set-up that cannot be served. No step has been taken then.
+
+    Example:
+
+    ```python
+    >>> from hf_compressm import CompreSSMCallback
+
+    >>> callback = CompreSSMCallback(tolerance=0.02, end=0.2)
+    >>> callback.config.rule
+    ('tolerance', 0.02)
+
+    ```
     """
 
     def __init__(self, config: CompressionConfig | None = None, **options):

@@ -1,6 +1,8 @@
 """The documentation does what it says."""
 
+import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,14 @@ def test_the_example_of_an_architecture_runs(capsys):
         base._REDUCERS.update(known)
     before, after = map(int, re.findall(r"\d+", capsys.readouterr().out))
     assert after < before == 24
+
+
+def test_examples_in_docstrings_run():
+    modules = [path for path in (ROOT / "hf_compressm").rglob("*.py") if ">>>" in path.read_text(encoding="utf-8")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
+    found = [doctest.testmod(import_module(name)) for name in names]
+    assert sum(result.attempted for result in found) >= 20
+    assert not any(result.failed for result in found)
 
 
 def test_every_message_in_troubleshooting_is_one_of_the_code():

@@ -22,6 +22,7 @@ class ReducibleMambaConfig(StockConfigMixin, MambaConfig):
 
     >>> config = ReducibleMambaConfig(vocab_size=256, hidden_size=64, state_size=32, num_hidden_layers=2)
     >>> model = ReducibleMambaForCausalLM(config)
+
     ```
     """
 

@@ -28,6 +28,7 @@ class ReducibleMamba2Config(StockConfigMixin, Mamba2Config):
     >>> sizes = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 1, "num_hidden_layers": 2}
     >>> config = ReducibleMamba2Config(vocab_size=256, state_size=64, **sizes)
     >>> model = ReducibleMamba2ForCausalLM(config)
+
     ```
     """
 

@@ -41,6 +41,7 @@ class MimoSSMConfig(PreTrainedConfig):
 
     >>> config = MimoSSMConfig(vocab_size=256, hidden_size=64, state_size=32, num_hidden_layers=2)
     >>> model = MimoSSMForCausalLM(config)
+
     ```
     """
 
