@@ -87,7 +87,8 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _machine(args: TrainingArguments) -> str:
-    cores = f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cores = f"{os.cpu_count()} {platform.machine()} cores, {threads} thread{'s' if threads > 1 else ''}"
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
     return f"{cores}, {device}{processes}"

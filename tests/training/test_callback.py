@@ -429,3 +429,19 @@ def test_a_checkpoint_whose_moments_do_not_fit_is_refused(tmp_path):
     torch.save(saved, checkpoint / "optimizer.pt")
     with pytest.raises(ValueError, match="optimizer state of 2 parameters has other shapes"):
         make_trainer(tmp_path / "resumed").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_tensorboard_shows_sizes_energies_and_bounds(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer = make_trainer(tmp_path, report_to="tensorboard")
+    trainer.train()
+    written = EventAccumulator(str(tmp_path / "logs")).Reload()
+    report = CompressionReport.load(tmp_path)
+    for name in ("total_state_size", "max_energy_discarded", "max_error_bound", "max_relative_error"):
+        scalars = written.Scalars(f"train/compressm/{name}")
+        expected = [event.summary()[f"compressm/{name}"] for event in report.events]
+        assert [entry.step for entry in scalars] == [event.step for event in report.events]
+        assert [entry.value for entry in scalars] == pytest.approx(expected)
+    assert len(written.Scalars("train/compressm/state_size/model.layers.0.mixer")) == len(report.events)
