@@ -1,5 +1,6 @@
 """What the benchmarks share: running an example as a user would, and dated results."""
 
+import argparse
 import datetime
 import json
 import platform
@@ -51,8 +52,8 @@ def peak_memory() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def save_results(name: str, results: dict) -> Path:
-    """Write results with date, machine and versions beside the benchmarks."""
+def save_results(name: str, results: dict, options: argparse.Namespace | None = None) -> Path:
+    """Write results with date, machine and versions beside the benchmarks; `options` with their defaults filled in."""
     now = datetime.datetime.now(datetime.UTC)
     about = {
         "benchmark": name,
@@ -63,6 +64,8 @@ def save_results(name: str, results: dict) -> Path:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    if options is not None:
+        about["options"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     path = ROOT / "benchmarks" / "results" / f"{now:%Y-%m-%d}-{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**about, **results}, indent=1) + "\n", encoding="utf-8")

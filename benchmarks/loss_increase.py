@@ -55,8 +55,7 @@ def main(args: list[str]) -> None:
         print_table(average)
         for divisor, verdict in verdicts(average).items():
             print(f"  n/{divisor}: {verdict}")
-        about = {"options": {k: str(v) for k, v in vars(options).items()}, "mean": average, "runs": rows}
-        path = save_results(f"loss_increase-{model_type}", about)
+        path = save_results(f"loss_increase-{model_type}", {"mean": average, "runs": rows}, options)
         plot(rows, STATE_SIZE[model_type], path.with_suffix(".png"))
 
 

@@ -61,7 +61,7 @@ def main(args: list[str]) -> None:
                 )
     ratios = [row["unseen"] / row["limit"] for row in rows]
     print(f"mean ratio {mean(ratios):.2f} over {len(ratios)} cases, at most {max(ratios):.2f}; asked for {REQUIRED}")
-    path = save_results("loss_limit", {"options": {k: str(v) for k, v in vars(options).items()}, "runs": rows})
+    path = save_results("loss_limit", {"runs": rows}, options)
     plot(rows, path.with_suffix(".png"))
 
 

@@ -52,7 +52,7 @@ def main(args: list[str]) -> None:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         found = [row for row in rows if row["arm"] == arm]
         print(f"{arm:>12}  mean accuracy {mean(row['accuracy'] for row in found):.2%} over {len(found)} seeds")
-    path = save_results("recall", {"options": {k: str(v) for k, v in vars(options).items()}, "runs": rows})
+    path = save_results("recall", {"runs": rows}, options)
     plot(rows, options, path.with_suffix(".png"))
 
 
@@ -148,8 +148,9 @@ def plot(rows: list[dict], options: argparse.Namespace, path: Path) -> None:
     for layer in range(LAYERS):
         steps = [point["step"] for point in large[0]]
         lost = [mean(1 - p["energy"][layer] for p in each) for each in zip(*large, strict=True)]
-        energies.semilogy(steps, lost, label=f"layer {layer}")
-    energies.set(xlabel="step", ylabel="share of Σσ² beyond the small size", title="large throughout")
+        energies.plot(steps, lost, label=f"layer {layer}")
+    share = "share of Σσ² beyond the small size"
+    energies.set(xlabel="step", ylabel=share, title="large throughout", ylim=(0, None))
     energies.legend(fontsize="small")
     figure.savefig(path, dpi=130)
     print(f"drawn in {path.relative_to(ROOT)}")
