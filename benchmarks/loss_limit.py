@@ -76,8 +76,12 @@ def plot(rows: list[dict], path: Path) -> None:
         found = [row for row in rows if row["model"] == model]
         line = axes.plot([row["limit"] for row in found], [row["unseen"] for row in found], "o", label=model)[0]
         axes.plot([row["limit"] for row in found], [row["seen"] for row in found], "_", color=line.get_color(), ms=12)
-    axes.set(xlabel="max_loss_increase", ylabel="loss increase (nats per byte): ● unseen, – calibration data")
+    axes.plot([], [], "k_", label="on the calibration batches")
+    axes.set(xlabel="max_loss_increase", ylabel="loss increase on unseen data (nats per byte)")
     axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(limits, [f"{limit:g}" for limit in limits])
+        axis.set_minor_formatter("")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=130)
     print(f"drawn in {path.relative_to(ROOT)}")
