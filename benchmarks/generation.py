@@ -1,6 +1,6 @@
 """Tokens per second after short and long prompts, one by one with a cache: stock models of transformers, and ours.
 
-    OMP_NUM_THREADS=1 python -m benchmarks generation
+OMP_NUM_THREADS=1 python -m benchmarks generation
 """
 
 import argparse
