@@ -1,6 +1,6 @@
 """Train a language model from scratch with a loop of your own on Accelerate, and shrink its state on the way.
 
-Without arguments: bytes, and four minutes on two cores with the text in examples/data. On several processes:
+Without arguments: bytes, and a few minutes on two cores with the text in examples/data. On several processes:
 `accelerate launch --config_file examples/accelerate_configs/cpu.yaml examples/pretrain_accelerate.py`.
 """
 
@@ -28,13 +28,13 @@ class LoopArguments:
     output_dir: str = field(
         default="outputs/pretrain_accelerate", metadata={"help": "Where model, report and states go."}
     )
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
+    max_steps: int = field(default=500, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences per process and micro-batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
     learning_rate: float = field(default=4e-3, metadata={"help": "Of all but the recurrences."})
     ssm_learning_rate: float | None = field(default=None, metadata={"help": "Of the recurrences; default: the same."})
-    warmup_steps: int = field(default=50, metadata={"help": "Steps until the full learning rate."})
-    logging_steps: int = field(default=100, metadata={"help": "Steps from line to line."})
+    warmup_steps: int = field(default=25, metadata={"help": "Steps until the full learning rate."})
+    logging_steps: int = field(default=50, metadata={"help": "Steps from line to line."})
     save_steps: int | None = field(default=None, metadata={"help": "Steps from state to state. Default: none."})
     resume_from: str | None = field(default=None, metadata={"help": "A directory `state-N` to go on from."})
     seed: int = field(default=42, metadata={"help": "Of everything random."})
@@ -96,6 +96,8 @@ def main(args: list[str] | None = None) -> None:
         with accelerator.main_process_first():
             train, validation = load_sequences(data_args, tokenizer)
         events = compression.events(loop.max_steps) if model_args.do_compress else []
+        if loop.resume_from and not Path(loop.resume_from).is_dir():
+            raise ValueError(f"there is no state to resume from in {loop.resume_from}")
     except ValueError as error:
         fail(error)
     model = AutoModelForCausalLM.from_config(config)

@@ -20,7 +20,7 @@ from .param_groups import ssm_param_groups
 from .reducers import register_reducer
 from .report import CompressionReport
 from .surgery import UnsupportedSetupError
-from .training import CompreSSMCallback
+from .training import CompreSSMCallback, reduce_checkpoint
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "analyze",
     "compress",
     "hankel_singular_values",
+    "reduce_checkpoint",
     "register_reducer",
     "ssm_param_groups",
     "use_fast_scans",

@@ -218,6 +218,8 @@ def compress_once(
     reshard(base)
     replicas = find_replicas(base)
     ranks = Ranks.of(base, replicas)
+    if replicas:
+        check_replicas_equal(base, ranks, "Before")
     planner = _Planner(reducers, config, remaining_events, loss, show_progress=step is None)
     if ranks is not None:
         observation.reduce_over_ranks(ranks)

@@ -6,8 +6,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from .sharding import find_obstacle
 
 _OFFLINE = (
-    "Or stop the run at a checkpoint, reduce that with `hf-compressm reduce CHECKPOINT --data ... --output_dir ...`, "
-    "and resume from it with your own launcher."
+    "Or stop the run at a checkpoint, reduce that with `hf-compressm reduce CHECKPOINT OUTPUT_DIR --data ...`, and go "
+    "on from the result with your own launcher."
 )
 
 

@@ -149,14 +149,16 @@ def _restart(state: PowerSGDState) -> None:
         memory.clear()
 
 
-def check_replicas_equal(model: nn.Module, ranks: Ranks) -> None:
-    """Compare all parameters over the ranks.
+def check_replicas_equal(model: nn.Module, ranks: Ranks, when: str = "After") -> None:
+    """Compare all parameters over the ranks, "Before" or "After" the reduction.
+
+    Beforehand, because what the first rank decides makes the reduced layers equal and hides that they were not.
 
     Raises:
         RuntimeError: on every rank, if two ranks hold different weights.
     """
     if different := ranks.differing(model):
         raise RuntimeError(
-            f"After the reduction rank(s) {different} hold other weights than rank 0. Training on would diverge "
+            f"{when} the reduction rank(s) {different} hold other weights than rank 0. Training on would diverge "
             "silently; resume from the last checkpoint, and check that all ranks build the same model."
         )

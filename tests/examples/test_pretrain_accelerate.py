@@ -25,6 +25,8 @@ def test_a_run_goes_on_from_a_state_saved_between_two_reductions(tmp_path, repo_
     command = [sys.executable, *launch, str(RUNS), str(tmp_path), str(text)]
     done = subprocess.run(command, env=repo_env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    states = {path.name for path in (tmp_path / "straight" / "state-6").glob("random_states_*.pkl")}
+    assert states == {f"random_states_{rank}.pkl" for rank in range(processes)}
     straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed"))
     assert straight.keys() == resumed.keys()
     for name, value in straight.items():
