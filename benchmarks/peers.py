@@ -249,6 +249,7 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    colors = {name: f"C{i}" for i, name in enumerate([PURE, NUMBA, LOOP, COMPILED, MAMBAPY, PLAIN])}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for ax, varied, fixed, title in (
         (axes[0], "n", ("L", 256), "Mamba, 256 steps"),
@@ -261,7 +262,7 @@ def plot(results: dict, path: Path) -> None:
                 for contender, row in rows.items():
                     curves.setdefault(contender, []).append((sizes[varied], row["ms"] / 1e3))
         for contender, points in curves.items():
-            ax.loglog(*zip(*sorted(points), strict=True), marker="o", label=contender)
+            ax.loglog(*zip(*sorted(points), strict=True), marker="o", label=contender, color=colors[contender])
         ax.set(title=title, xlabel={"n": "states", "L": "steps"}[varied], ylabel="s, forward and backward")
         ax.set_xticks(sorted({x for points in curves.values() for x, _ in points}), minor=False)
         ax.xaxis.set_major_formatter("{x:.0f}")
