@@ -99,11 +99,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._rollback: Rollback | None = None
         self._added: list[nn.Parameter] = []
         self._adoption: RemovableHandle | None = None
-        self._saving: Replacement | None = None
+        self._replaced: list[Replacement] = []
         self._record: RunRecord | None = None
         self._publishing: Publishing | None = None
         self._dry_run = DryRun()
-        self._running = self._stepped = self._calibrated = False
+        self._scheduled = self._stepped = self._calibrated = False
         self._max_steps, self._output_dir = 0, ""
         self._trainer_ref: weakref.ref[Trainer] | None = None
 
@@ -157,11 +157,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._restore(args, state, model, steps_per_epoch(args, train_dataloader))
         self._added = added_parameters(model)
         if trainer is not None:
-            self._saving = Replacement(trainer, "save_model", self._with_own_files)
+            self._replaced.append(Replacement(trainer, "save_model", self._with_own_files))
+            self._replaced.append(Replacement(trainer, "_evaluate", self._noting_schedule))
         self._record = RunRecord(self.report.run, self.config.events(state.max_steps))
         self._record.describe(args, model, trainer)
         self._publishing = None if self.config.dry_run else Publishing(trainer, model, self.report, state)
-        self._running, self._stepped = True, False
+        self._stepped = False
         if state.is_world_process_zero:
             steps = ", ".join(map(str, self._events)) or "none"
             logger.info("reductions (%s=%s) after step %s of %d", *self.config.rule, steps, state.max_steps)
@@ -222,8 +223,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         optimizer=None,
         **kwargs,
     ):
-        if self._rollback is None or not self._running or not self._rollback.is_reported(metrics, self._trainer):
+        if self._rollback is None or not self._scheduled or not self._rollback.is_reported(metrics, self._trainer):
             return
+        self._scheduled = False  # another callback may evaluate something else before the Trainer goes on
         if not self._stepped and state.global_step > 0 and self._rollback.reference is not None:
             return  # eval_on_start of a resumed run, which the uninterrupted one does not have
         if self._rollback.judge(metrics, model, optimizer, state, self.report.events):
@@ -241,7 +243,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if self._saving is None and checkpoint.is_dir():
+        if not self._replaced and checkpoint.is_dir():
             self._write(args, checkpoint)
         if self._rollback is not None and state.is_world_process_zero:
             self._rollback.clean()
@@ -274,12 +276,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def _stop(self) -> None:
         """Leave the Trainer and the model as they were found."""
-        self._running = False
+        self._dry_run.stop()
         if self._calibration is not None:
             self._calibration.stop()
-        if self._saving is not None:
-            self._saving.undo()
-            self._saving = None
+        while self._replaced:
+            self._replaced.pop().undo()
 
     @property
     def _trainer(self) -> Trainer | None:
@@ -299,7 +300,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if trainer is None:
             return
         if self._resuming is None:
-            trainer.train = ResumingTrain(trainer)
+            trainer.train = ResumingTrain(trainer, _stop_all)
         if trainer.model_init is not None:  # each run makes its model anew
             make_model = trainer.call_model_init
 
@@ -399,6 +400,18 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
         return save
 
+    def _noting_schedule(self, evaluate: Callable) -> Callable:
+        """The evaluations of the Trainer's own schedule, which alone judge a reduction."""
+
+        def scheduled(*args, **kwargs):
+            self._scheduled = True
+            try:
+                return evaluate(*args, **kwargs)
+            finally:
+                self._scheduled = False
+
+        return scheduled
+
     def _write(self, args: TrainingArguments, checkpoint: Path) -> None:
         checkpoint.mkdir(parents=True, exist_ok=True)  # the first process may not have come so far
         self._calibrated = self._calibration.save(args.process_index, checkpoint)
@@ -439,3 +452,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 "auto_find_batch_size begins the run again with a smaller batch, but the model has been reduced "
                 "already. Make the model anew, and set per_device_train_batch_size to what fits."
             )
+
+
+def _stop_all(trainer: Trainer) -> None:
+    """Stop the callbacks that a Trainer has now: those restored from a checkpoint are other objects."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, CompreSSMCallback):
+            callback._stop()

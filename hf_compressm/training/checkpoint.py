@@ -215,13 +215,17 @@ class ResumingTrain:
 
     With ``resume_from_checkpoint=True`` incomplete checkpoints are stepped over; one that is named must be whole.
 
+    Args:
+        trainer: whose `train` it takes the place of.
+        at_end: called with the trainer wherever a run ends, also by an exception.
+
     Attributes:
         checkpoint: that the present call resumes from, if it does.
         reduced: whether sizes have changed since the call began.
     """
 
-    def __init__(self, trainer: Trainer):
-        self._trainer, self._train = trainer, trainer.train
+    def __init__(self, trainer: Trainer, at_end: Callable[[Trainer], None]):
+        self._trainer, self._train, self._at_end = trainer, trainer.train, at_end
         self.checkpoint: Path | None = None
         self.reduced = False
         functools.update_wrapper(self, self._train)
@@ -234,7 +238,10 @@ class ResumingTrain:
             if problem:
                 raise ValueError(problem)
             self.checkpoint, resume_from_checkpoint = Path(found), found
-        return self._train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._at_end(self._trainer)
 
     def _choose(self, wanted: str | bool) -> tuple[str, str]:
         """The checkpoint to resume from, or what is wrong with it."""

@@ -25,9 +25,14 @@ class DryRun:
 
         self._handle = model.register_forward_pre_hook(keep, with_kwargs=True)
 
-    def analyze(self, model: nn.Module, config: CompressionConfig, observation: Observation) -> Analysis:
-        """What tolerances would do; `observation` is of this event, and stopped."""
+    def stop(self) -> None:
+        """Keep no more."""
         if self._handle is not None:
             self._handle.remove()
+        self._handle = None
+
+    def analyze(self, model: nn.Module, config: CompressionConfig, observation: Observation) -> Analysis:
+        """What tolerances would do; `observation` is of this event, and stopped."""
+        self.stop()
         batch, self._batch = self._batch, None
         return analyze_observed(model, config, observation, batch)

@@ -388,3 +388,55 @@ def test_an_evaluation_after_the_run_judges_nothing(tmp_path, caplog):
     trainer.evaluate()
     assert state_sizes(trainer.model) == [1, 1]
     assert not (tmp_path / FOLDER).exists()
+
+
+class At(TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def test_evaluations_of_ones_own_judge_nothing_and_return_the_truth(tmp_path):
+    """Within a run, before the Trainer's evaluation judges; and after a run that was interrupted."""
+    other, seen = Windows(count=4), []
+
+    def evaluate():
+        seen.append((trainer.evaluate(other)["eval_loss"], state_sizes(trainer.model)))
+
+    callbacks = [CompreSSMCallback(**DEAR, start=5, end=7), Worsens(8), At(8, evaluate), At(9, evaluate)]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, max_steps=12, **EVALUATE)
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    (event,) = CompressionReport.load(tmp_path).events
+    assert (event.metric_before, event.metric_after, event.rolled_back_at) == (losses[5], losses[10], 10)
+    assert seen == [(losses[8], [1, 1]), (losses[9], [1, 1])]
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_an_interrupted_run_leaves_the_trainer_and_the_model_as_they_were_found(tmp_path, restore):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def make(*others):
+        rule = {"max_loss_increase": 0.5, "rollback_metric": "loss", "rollback_tolerance": 0.0}
+        callbacks = [CompreSSMCallback(**rule, start=5, end=9, num_reductions=2), *others]
+        options = {"save_strategy": "steps", "save_steps": 6, "restore_callback_states_from_checkpoint": restore}
+        return make_trainer(tmp_path, callbacks=callbacks, max_steps=12, **EVALUATE, **options)
+
+    make().train()
+    trainer = make(Worsens(8), At(8, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert not {"save_model", "_evaluate", "compute_loss"} & vars(trainer).keys()
+    sizes = state_sizes(trainer.model)
+    assert max(sizes) < 32
+    found = trainer.evaluate(Windows(count=4))["eval_loss"]
+    assert state_sizes(trainer.model) == sizes
+    with torch.no_grad():
+        rows = torch.stack([row["input_ids"] for row in map(Windows(count=4).__getitem__, range(4))])
+        assert found == pytest.approx(trainer.model.eval()(input_ids=rows, labels=rows).loss.item(), rel=1e-5)
