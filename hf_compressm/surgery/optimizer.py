@@ -6,7 +6,7 @@ is exact for the mean and takes the deviations of the entries from it as uncorre
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -281,8 +281,13 @@ def release_parameters(optimizer: Optimizer | None, params: list[nn.Parameter]) 
         group["params"][:] = [param for param in group["params"] if id(param) not in gone]
 
 
-def drop_stale_state(optimizer: Optimizer | None) -> int:
+def drop_stale_state(optimizer: Optimizer | None, reshaped: Iterable[nn.Parameter] = ()) -> int:
     """Drop the state of parameters whose shape it does not fit, as after loading weights of other sizes.
+
+    Args:
+        optimizer: wrapped or not; None does nothing.
+        reshaped: the parameters that are known to have changed shape. Of optimizers other than those of torch and
+            transformers nothing else tells: their state may have shapes of its own (quantized, projected).
 
     Returns:
         How many parameters lost their state.
@@ -290,7 +295,11 @@ def drop_stale_state(optimizer: Optimizer | None) -> int:
     optimizer = unwrap_optimizer(optimizer)
     if optimizer is None:
         return 0
-    stale = [param for param, state in optimizer.state.items() if not _fits(param, state)]
+    name = _qualified_name(optimizer)
+    if name in _LAYOUTS or name.startswith("torch."):
+        stale = [param for param, state in optimizer.state.items() if not _fits(param, state)]
+    else:
+        stale = [param for param in reshaped if param in optimizer.state]
     reset_state(optimizer, stale)
     return len(stale)
 

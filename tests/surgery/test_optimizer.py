@@ -209,3 +209,21 @@ def test_stale_state_is_found_and_dropped():
         assert drop_stale_state(optimizer) == 1
         assert params["re"] not in optimizer.state
         resize_parameter_(params["re"], torch.randn(OLD, WIDTH))
+
+
+class Projected(torch.optim.Optimizer):
+    """Keeps a state of another shape than its parameter, as optimizers that quantize or project do."""
+
+    def step(self):
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["projection"] = param.grad.flatten()[:3]
+
+
+def test_state_with_shapes_of_its_own_is_stale_only_where_the_shape_has_changed():
+    params = make_group(OLD, 0)
+    optimizer = Projected(params.values(), {})
+    feed(optimizer, params, [[torch.randn_like(p) for p in params.values()]])
+    assert drop_stale_state(optimizer) == 0
+    resize_parameter_(params["re"], torch.randn(NEW, WIDTH))
+    assert drop_stale_state(optimizer, [params["re"]]) == 1
+    assert list(optimizer.state) == [params["im"]]

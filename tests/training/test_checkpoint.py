@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddp_runs import make_model
 from runs import assert_equal_bit_for_bit, make_trainer, trainer_state
 from tiny import Windows, state_sizes, tiny_lm
 from transformers import Trainer, TrainerCallback
@@ -271,3 +272,32 @@ def test_a_killed_run_goes_on_bit_for_bit(straight, tmp_path, point):
             assert not (one / name).exists() or (one / name).read_bytes() == (other / name).read_bytes()
         numbers = [torch.load(c / "rng_state.pth", weights_only=False)["cpu"] for c in (one, other)]
         assert torch.equal(*numbers)
+
+
+class Blockwise(torch.optim.Optimizer):
+    """Scales steps by a state of another shape than the parameter, as optimizers that quantize or project do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            if param.grad is not None:
+                scale = self.state[param].setdefault("absmax", torch.ones(3))
+                scale.mul_(0.9).add_(param.grad.abs().max(), alpha=0.1)
+                param.sub_(param.grad, alpha=0.1 / scale.sum().item())
+
+
+@pytest.mark.parametrize("kind", ["mimo_ssm", "reducible_mamba2"])
+def test_state_with_shapes_of_its_own_is_resumed_bit_for_bit(tmp_path, kind):
+    def go(path, resume=None):
+        model = small() if kind == "mimo_ssm" else make_model(kind)
+        optimizers = (Blockwise(model.parameters(), {"lr": 0.1}), None)
+        callback = CompreSSMCallback(target_state_size=4, start=2, end=4, num_reductions=1, moments="reset")
+        options = {"max_steps": 8, **EVERY_STEP, "optimizers": optimizers}
+        trainer = make_trainer(path, model, [callback], **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = go(tmp_path / "straight")
+    assert CompressionReport.load(tmp_path / "straight").events[0].changed
+    for step in (3, 6):
+        assert_equal_bit_for_bit(go(tmp_path / "resumed", str(tmp_path / "straight" / f"checkpoint-{step}")), straight)
