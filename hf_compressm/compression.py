@@ -35,6 +35,7 @@ from .surgery import (
     find_replicas,
     is_sharded,
     rebuild_reducer,
+    release_parameters,
     reset_state,
     reshard,
     whole_parameters,
@@ -289,12 +290,36 @@ def added_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [param for module, name in found if (param := getattr(module, name, None)) is not None]
 
 
+class Sizes:
+    """The shapes in an unwrapped model at one moment, after which weights of other sizes may come in."""
+
+    def __init__(self, model: nn.Module):
+        self._shapes = {param: param.shape for param in model.parameters()}
+        self._added = added_parameters(model)
+
+    def follow(self, model: nn.Module, optimizer: Optimizer | None) -> bool:
+        """Bring the optimizer and the configs up to the present shapes.
+
+        The optimizer lets go of parameters that the layers no longer have, takes those that are new, and loses the
+        state that no longer fits.
+
+        Returns:
+            Whether any parameter has come, gone or changed its shape.
+        """
+        present = {param: param.shape for param in model.parameters()}
+        release_parameters(optimizer, [param for param in self._added if param not in present])
+        adopt_new_parameters(model, optimizer)
+        drop_stale_state(optimizer, [param for param, shape in self._shapes.items() if param.shape != shape])
+        sync_config(model)
+        return present != self._shapes
+
+
 def accept_other_sizes(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Let `load_state_dict`, and so `accelerator.load_state`, bring other state sizes into a model that is in use.
 
-    The optimizer takes the parameters that come with the weights and loses the state that no longer fits, configs
-    follow, and replicas are made anew for the present shapes. `CompreSSMCallback` does this by itself; in a loop of
-    your own call it once, on all ranks, after `accelerator.prepare`.
+    The optimizer takes the parameters that come with the weights, lets go of those that they lack, and loses the state
+    that no longer fits; configs follow, and replicas are made anew for the present shapes. `CompreSSMCallback` does
+    this by itself; in a loop of your own call it once, on all ranks, after `accelerator.prepare`.
 
     Args:
         model: any model with reducible layers, wrapped or not.
@@ -302,22 +327,19 @@ def accept_other_sizes(model: nn.Module, optimizer: Optimizer | None = None) -> 
     """
     base = extract_model_from_parallel(model)
     allow_other_sizes(base)
-    before: list[torch.Size] = []
+    before: list[Sizes] = []
 
-    def note_shapes(loaded: nn.Module, *_) -> None:
-        before[:] = [param.shape for param in loaded.parameters()]
+    def note_sizes(loaded: nn.Module, *_) -> None:
+        before[:] = [Sizes(loaded)]
 
     def follow(loaded: nn.Module, _) -> None:
-        if before == [param.shape for param in loaded.parameters()]:
+        if not before.pop().follow(loaded, optimizer):
             return
-        adopt_new_parameters(loaded, optimizer)
-        drop_stale_state(optimizer)
-        sync_config(loaded)
         for replica in find_replicas(loaded):
             rebuild_reducer(replica)
         torch._dynamo.reset()
 
-    base.register_load_state_dict_pre_hook(note_shapes)
+    base.register_load_state_dict_pre_hook(note_sizes)
     base.register_load_state_dict_post_hook(follow)
 
 

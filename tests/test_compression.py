@@ -14,9 +14,12 @@ from torch import nn
 from hf_compressm import (
     CompressionConfig,
     MimoSSMForCausalLM,
+    ReducibleMamba2Config,
+    ReducibleMamba2ForCausalLM,
     ReducibleMambaConfig,
     ReducibleMambaForCausalLM,
     UnsupportedSetupError,
+    accept_other_sizes,
     compress,
     hankel_singular_values,
     ssm_param_groups,
@@ -333,3 +336,27 @@ def test_parameter_groups_of_mamba_leave_the_projections_to_the_rest():
     for name in ("in_proj", "out_proj", "conv1d"):
         group = by_id[id(mixer.get_submodule(name).weight)]
         assert (group["lr"], group["weight_decay"]) == (1e-2, 0.1)
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_states_from_before_and_after_a_balanced_reduction_take_turns(earlier):
+    """Its maps come and go with the weights, in the model and in the optimizer; training goes on bit for bit."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 16}
+    model = ReducibleMamba2ForCausalLM(ReducibleMamba2Config(**sizes, num_heads=4, head_dim=8, n_groups=1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    accept_other_sizes(model, optimizer)
+    train(model, optimizer)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    compress(model, target_state_size=4, optimizer=optimizer, dataloader=[batch()])
+    after = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    there, back = (before, after) if earlier else (after, before)
+    model.load_state_dict(there[0])
+    optimizer.load_state_dict(copy.deepcopy(there[1]))  # which it trains in place
+    expected = train(model, optimizer)
+    for weights, state in (back, there):
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        assert [p for group in optimizer.param_groups for p in group["params"]] == list(model.parameters())
+        assert model.config.state_size == model.backbone.layers[0].mixer.ssm_state_size
+    assert train(model, optimizer) == expected

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..compression import (
-    added_parameters,
+    Sizes,
     adopt_new_parameters,
     check_support,
     compress_once,
@@ -33,7 +33,6 @@ from ..surgery import (
     drop_stale_state,
     find_replicas,
     rebuild_reducer,
-    release_parameters,
 )
 from .calibration import Calibration
 from .checkpoint import Replacement, ResumingTrain, is_checkpoint, local_processes
@@ -97,7 +96,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._events: list[int] = []
         self._calibration: Calibration | None = None
         self._rollback: Rollback | None = None
-        self._added: list[nn.Parameter] = []
+        self._sizes: Sizes | None = None
         self._adoption: RemovableHandle | None = None
         self._replaced: list[Replacement] = []
         self._record: RunRecord | None = None
@@ -155,7 +154,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._output_dir = str(Path(directory).resolve())
         self._events, self._max_steps = self.config.events(state.max_steps), state.max_steps
         self._restore(args, state, model, steps_per_epoch(args, train_dataloader))
-        self._added = added_parameters(model)
+        self._sizes = Sizes(model)
         if trainer is not None:
             self._replaced.append(Replacement(trainer, "save_model", self._with_own_files))
             self._replaced.append(Replacement(trainer, "_evaluate", self._noting_schedule))
@@ -203,7 +202,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             keep = partial(self._rollback.prepare, step, model, optimizer, state)
         event = compress_once(model, self.config, optimizer, observation, loss, step, remaining, keep)
         self._calibration = self._begin_calibration(model)
-        self._added = added_parameters(model)
+        self._sizes = Sizes(model)
         self._record.count(model)
         self.report.events.append(event)
         if event.changed and not event.dry_run:
@@ -232,7 +231,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._events = []
             self._calibration.stop()
             self._calibration = self._begin_calibration(model)
-            self._added = added_parameters(model)
+            self._sizes = Sizes(model)
             self._log(self.report.rollback_line(), self.report.rollback_summary(), state, control)
         if state.is_world_process_zero:
             self._rollback.clean()
@@ -259,11 +258,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ):
         self._stop()
         # load_best_model_at_end may just have brought back other sizes, with other parameters
-        present = {id(param) for param in model.parameters()}
-        release_parameters(optimizer, [param for param in self._added if id(param) not in present])
-        adopt_new_parameters(model, optimizer)
-        sync_config(model)
-        if drop_stale_state(optimizer) or args.load_best_model_at_end:
+        if self._sizes.follow(model, optimizer) or args.load_best_model_at_end:
             for replica in find_replicas(model):
                 rebuild_reducer(replica)
             torch._dynamo.reset()

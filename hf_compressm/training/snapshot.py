@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..compression import added_parameters, adopt_new_parameters, sync_config
-from ..surgery import release_parameters, reset_state, unwrap_optimizer
+from ..compression import Sizes
+from ..surgery import reset_state, unwrap_optimizer
 
 FOLDER = "_compressm_snapshots"
 """In the output directory. The Trainer uploads nothing whose name begins with an underscore."""
@@ -67,12 +67,9 @@ class Snapshot:
 
     def put_back(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Bring an unwrapped model and its optimizer to this state; parameters stay the same objects."""
-        added = added_parameters(model)
+        sizes = Sizes(model)
         model.load_state_dict(_below(self.tensors, _MODEL), strict=False)  # tied weights are there once
-        present = {id(param) for param in model.parameters()}
-        release_parameters(optimizer, [param for param in added if id(param) not in present])
-        adopt_new_parameters(model, optimizer)
-        sync_config(model)
+        sizes.follow(model, optimizer)
         optimizer = unwrap_optimizer(optimizer)
         if optimizer is None:
             return
