@@ -113,6 +113,8 @@ def parse_arguments(
     except ValueError as error:
         fail(error)
     compression.seed = training.seed
+    if str(getattr(training, "resume_from_checkpoint", None)).lower() == "true":
+        training.resume_from_checkpoint = True  # the last whole checkpoint, rather than a folder of that name
     return model, data, compression, training
 
 
