@@ -21,9 +21,10 @@ from ..mor import (
     reduce_selective,
     state_gramian,
 )
+from ..ops import causal_conv
 from ..surgery import GradientMap, resize_parameter_
 from .base import Reduction, StateReducer, register_reducer
-from .observing import ObservingReducer, causal_convolution, linear, with_context
+from .observing import ObservingReducer, linear, with_context
 
 # States per forward pass that enter the Gramians. Beyond that a share of the channels does, others in the next pass.
 _STATES_PER_PASS = 2**26
@@ -41,7 +42,7 @@ def mamba_signals(
     dtype = torch.promote_types(mixer.A_log.dtype, torch.float32)
     real = 1.0 if mask is None else mask[..., None]
     u, gate = linear(mixer.in_proj, hidden.to(dtype) * real).chunk(2, dim=-1)
-    u = mixer.act(causal_convolution(mixer.conv1d, u)) * real
+    u = mixer.act(causal_conv(u, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)) * real
     u, gate, mask = u[:, context:], gate[:, context:], None if mask is None else mask[:, context:]
     n = mixer.ssm_state_size
     step, B, C = linear(mixer.x_proj, u).split([mixer.time_step_rank, n, n], dim=-1)

@@ -25,10 +25,10 @@ from ..mor import (
     select_states,
     ssd_token_moments,
 )
-from ..ops import ssd_scan
+from ..ops import causal_conv, ssd_scan
 from ..surgery import GradientMap, resize_parameter_
 from .base import Reduction, StateReducer, register_reducer
-from .observing import ObservingReducer, add_sums, causal_convolution, linear, with_context
+from .observing import ObservingReducer, add_sums, linear, with_context
 
 # States per forward pass that enter the Gramians. Beyond that only every second, third, ... time step does.
 _STATES_PER_PASS = 2**26
@@ -93,7 +93,7 @@ def mamba2_layer(
     inner, groups = mixer.intermediate_size, mixer.n_groups
     projected = linear(mixer.in_proj, hidden.to(dtype) * real)
     gate, xBC, dt = projected.split([inner, mixer.conv_dim, mixer.num_heads], dim=-1)
-    xBC = mixer.act(causal_convolution(mixer.conv1d, xBC)) * real
+    xBC = mixer.act(causal_conv(xBC, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)) * real
     gate, xBC, dt = (part[:, context:] for part in (gate, xBC, dt))
     mask = None if mask is None else mask[:, context:]
     channels = (mixer.conv_dim - inner) // 2

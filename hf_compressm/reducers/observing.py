@@ -187,13 +187,6 @@ def with_context(
     return hidden[:, part], None if mask is None else mask[:, part], span.start - start
 
 
-def causal_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """The depthwise causal convolution `conv` of `x` (batch, L, channels) in the dtype of `x`."""
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    y = F.conv1d(x.mT, conv.weight.to(x.dtype), bias, padding=conv.kernel_size[0] - 1, groups=conv.groups)
-    return y[..., : x.shape[1]].mT
-
-
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer(x)` in the dtype of `x`."""
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
