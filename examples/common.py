@@ -113,6 +113,8 @@ def parse_arguments(
     except ValueError as error:
         fail(error)
     compression.seed = training.seed
+    if getattr(training, "metric_for_best_model", None) in (None, compression.rollback_metric):
+        compression.greater_is_better = getattr(training, "greater_is_better", None)
     if str(getattr(training, "resume_from_checkpoint", None)).lower() == "true":
         training.resume_from_checkpoint = True  # the last whole checkpoint, rather than a folder of that name
     return model, data, compression, training

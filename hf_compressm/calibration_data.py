@@ -125,10 +125,14 @@ def _tokenised(
 def _columns(rows: Dataset, name: str, length: int) -> list[dict[str, Any]]:
     """Sequences that are there already, each with its label if there is one."""
     label = next((column for column in _LABELS if column in rows.column_names), None)
-    return [
-        {name: np.asarray(row[name])[:length], "labels": row[label] if label else None}
-        for row in rows.with_format("numpy", columns=[name, *([label] if label else [])])
-    ]
+    masked = "attention_mask" in rows.column_names
+    found = []
+    for row in rows.with_format("numpy", columns=[name, *[label] * bool(label), *["attention_mask"] * masked]):
+        values, labels = np.asarray(row[name]), row[label] if label else None
+        real = np.asarray(row["attention_mask"], dtype=bool) if masked else np.ones(len(values), dtype=bool)
+        per_token = name == "input_ids" and np.ndim(labels) == 1
+        found.append({name: values[real][:length], "labels": labels[real][:length] if per_token else labels})
+    return found
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -146,5 +150,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     if all(label is not None and np.ndim(label) == 0 for label in labels):
         batch["labels"] = torch.tensor(np.array(labels))
     elif name == "input_ids":
-        batch["labels"] = torch.from_numpy(np.where(mask, values, -100))
+        padded = np.full(mask.shape, -100)
+        padded[mask] = np.concatenate([row[name] if row["labels"] is None else row["labels"] for row in rows])
+        batch["labels"] = torch.from_numpy(padded)
     return batch

@@ -48,6 +48,17 @@ def test_tables_of_texts_tokens_and_numbers(checkpoint, tmp_path):
     assert torch.equal(batch["input_values"][:, 0].long(), batch["labels"])
 
 
+def test_labels_and_padding_of_a_table_are_kept(checkpoint, tmp_path):
+    """Of instructions, say, whose answers alone count."""
+    columns = {"input_ids": [1, 2, 3, 4, 0], "labels": [-100, -100, 3, 4, -100], "attention_mask": [1, 1, 1, 1, 0]}
+    Dataset.from_dict({name: [values] * 8 for name, values in columns.items()}).to_json(tmp_path / "tokens.jsonl")
+    (batch, *_), _ = load(checkpoint, tmp_path / "tokens.jsonl")
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4]] * 4
+    assert batch["labels"].tolist() == [[-100, -100, 3, 4]] * 4
+    (batch, *_), _ = load(checkpoint, tmp_path / "tokens.jsonl", sequence_length=3)
+    assert batch["labels"].tolist() == [[-100, -100, 3]] * 4
+
+
 def test_padding_is_masked_and_channels_are_kept():
     rows = [{"input_values": np.ones((length, 2)), "labels": None} for length in (2, 3)]
     batch = collate(rows)

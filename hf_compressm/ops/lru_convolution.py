@@ -21,7 +21,7 @@ RECURRENCE_COST = {"states": 12.0, "products": 0.13, "steps": 9700.0}
 
 def convolution_work(batch: int, length: int, n: int, width: int, p: int) -> dict[str, float]:
     """How much of what the convolution does, by the names of `CONVOLUTION_COST`."""
-    size = transform_size(length)
+    size = 2 * length + 1  # about that of the transforms, whose search would recompile for each length
     return {
         "transforms": (batch * (width + p) + width * p) * size * math.log2(size),
         "products": size * batch * width * p,

@@ -133,12 +133,17 @@ def _below(statistics: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _merged(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Statistics of all ranks together; each has counted for all."""
+    """Statistics of all ranks together; each has counted for all, as if all had seen as many sequences."""
     merged: dict[str, Tensor] = {}
     for statistics in ranks:
-        sums = {name: t for name, t in statistics.items() if name.startswith("sum.")}
-        merged |= {name: t for name, t in statistics.items() if name not in sums}
-        add_sums(merged, sums)
+        add_sums(merged, {name: t for name, t in statistics.items() if name.startswith("sum.")})
+        for name in _COUNTS:
+            merged[name] = torch.maximum(merged.get(name, statistics[name]), statistics[name])
+        for key, sample in _below(statistics, "sample.").items():
+            number = int(key)
+            while f"sample.{number}" in merged:  # where they have not: even numbers are fitted on, odd ones held out
+                number += 2
+            merged[f"sample.{number}"] = sample
     return merged
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -17,6 +18,9 @@ from transformers.modelcard import extract_hyperparameters_from_trainer, is_hf_d
 
 _TIMED_STEPS = 100  # on either side of the reductions
 _LOCAL_BUILDERS = ("csv", "generator", "json", "pandas", "parquet", "text")
+_SECRET_OPTION = re.compile(r"--?[\w-]*(token|key|secret|password)", re.IGNORECASE)
+_TOKEN = re.compile(r"hf_\w{20,}")
+_MASK = "***"
 _PACKAGES = ("hf-compressm", "transformers", "torch", "accelerate")
 
 
@@ -38,7 +42,7 @@ class RunRecord:
     def describe(self, args: TrainingArguments, model: nn.Module, trainer: Trainer | None) -> None:
         """Take down what is known at the start."""
         self.record |= {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": _command(sys.argv),
             "seed": args.seed,
             "machine": _machine(args),
             "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))},
@@ -74,6 +78,19 @@ class RunRecord:
         """Bring the step times up to date."""
         times = {side: round(1e3 * median(taken), 3) for side, taken in self._seconds.items() if taken}
         self.record["step_ms"] = self.record.get("step_ms", {}) | times
+
+
+def _command(words: list[str]) -> str:
+    """A command line that may be published: values of options for tokens, keys and passwords are masked."""
+    shown: list[str] = []
+    for word in words:
+        name, equals, _ = word.partition("=")
+        after_secret = bool(shown) and _SECRET_OPTION.fullmatch(shown[-1]) and not word.startswith("--")
+        if after_secret or _TOKEN.fullmatch(word):
+            shown.append(_MASK)
+        else:
+            shown.append(f"{name}={_MASK}" if equals and _SECRET_OPTION.fullmatch(name) else word)
+    return shlex.join(["python", *shown])
 
 
 def _now() -> float:

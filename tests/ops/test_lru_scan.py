@@ -321,3 +321,16 @@ def test_bad_arguments(inputs, options, message):
     for scan in (lru_scan, lru_scan_reference):
         with pytest.raises(ValueError, match=message):
             scan(*inputs, **options)
+
+
+def test_sequences_of_any_length_share_a_compiled_graph():
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda *inputs: lru_scan(*inputs, final_state=False), backend=counting, dynamic=True)
+    for length in (40, 41, 55, 64, 81, 90):
+        compiled(*make_inputs(2, length, 4, 3, 2, dtype=torch.float32)[:-1])
+    assert len(graphs) == 1

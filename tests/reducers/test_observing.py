@@ -66,3 +66,24 @@ def test_sequences_held_out_enter_no_sum(family):
     again = sums_of(observed(mixer, *((batch, {}) for batch in changed)))
     for name, value in sums_of(reducer).items():
         assert torch.equal(value, again[name]), name
+
+
+@EACH
+def test_ranks_with_different_numbers_of_sequences_lose_none(family):
+    tests, _, _ = FAMILIES[family]
+    mixer = tests.mixer_of()
+    [(_, cls)] = find_reducible(mixer).values()
+    found = []
+    for rank, counts in enumerate([(3, 2), (5, 4)]):
+        reducer = cls(mixer)
+        reducer.rank, reducer.ranks = rank, 2
+        for i, count in enumerate(counts):
+            reducer.observe((tests.hidden_of(count, 20, seed=10 * rank + i),), {})
+        found.append(reducer.statistics())
+    held_out = [[t for name, t in s.items() if name.startswith("sample.") and int(name[7:]) % 2] for s in found]
+    merged = observing._merged(found)
+    samples = {int(name[7:]): t for name, t in merged.items() if name.startswith("sample.")}
+    assert len(samples) == 3 + 2 + 5 + 4
+    assert sum(number % 2 for number in samples) == sum(map(len, held_out))
+    for sample in [*held_out[0], *held_out[1]]:
+        assert any(number % 2 and torch.equal(sample, other) for number, other in samples.items())
