@@ -1,6 +1,7 @@
 """What reductions of several strengths would keep, cost and gain, without changing the model."""
 
 import copy
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,9 @@ from .compression import calibrate, check_support, compress, compress_once, reso
 from .config import CompressionConfig
 from .observation import Observation, first_batches
 from .report import CompressionEvent
+from .surgery import UnsupportedSetupError, is_sharded
+
+logger = logging.getLogger(__name__)
 
 TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.2)
 _REPEATS = 5  # of which the fastest counts: other work on the machine only makes a step slower
@@ -93,7 +97,7 @@ class Analysis:
             rows.append(["faster by", "", *(f"{candidate.speedup:.2f}×" for candidate in self.candidates)])
         notes = [f"{c.name} keeps its {c.before} states: {c.note}" for c in self.candidates[0].event.layers if c.note]
         if self.batch is None:
-            notes.append("Without a batch no training step was measured.")
+            notes.append("Without a batch that the model takes no training step was measured.")
         else:
             notes.append(
                 f"Steps, forward and backward, were measured on a batch of shape {'×'.join(map(str, self.batch))}: "
@@ -127,7 +131,7 @@ def analyze(
         **options: fields of `CompressionConfig`, instead of `config`.
 
     Raises:
-        ValueError: as for `compress`.
+        ValueError: as for `compress`; or the model is sharded.
 
     Example:
 
@@ -143,6 +147,7 @@ def analyze(
     """
     config = resolve_config(config, options)
     check_support(model, config)
+    check_whole(model)
     base = extract_model_from_parallel(model)
     batches = list(islice(dataloader, config.calibration_batches)) if dataloader is not None else None
     batch = first_batches(batches, 1, next(base.parameters()).device)[0] if batches else None
@@ -151,6 +156,19 @@ def analyze(
     configs = by_tolerance + [other for other in asked if other.rule not in {c.rule for c in by_tolerance}]
     observation, _ = calibrate(base, by_tolerance[0] if by_tolerance else config, batches)
     return _compare(base, configs, observation, batch, batches)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model that cannot be copied.
+
+    Raises:
+        UnsupportedSetupError: it is sharded.
+    """
+    if is_sharded(model):
+        raise UnsupportedSetupError(
+            "What several tolerances would do is found on copies of the model, and FSDP2 shards this one. Run "
+            "`hf-compressm analyze` on a checkpoint of it, or leave `dry_run` out."
+        )
 
 
 def analyze_observed(
@@ -182,13 +200,19 @@ def _compare(
             event = compress_once(reduced, config, None, seen)
         step, speedup = StepCost(_parameters(reduced)), None
         if batch is not None:
-            before, step = _step_costs([original, reduced], batch)
-            speedup = before.seconds / step.seconds
-            now = before if now.seconds is None or before.seconds < now.seconds else now
+            try:
+                before, step = _step_costs([original, reduced], batch)
+            except Exception as error:  # whatever a model says to a batch, the sizes are known
+                logger.warning("No training step could be measured: %s: %s.", type(error).__name__, error)
+                batch, now = None, StepCost(now.parameters)
+                candidates = [replace(c, step=StepCost(c.step.parameters), speedup=None) for c in candidates]
+            else:
+                speedup = before.seconds / step.seconds
+                now = before if now.seconds is None or before.seconds < now.seconds else now
         candidates.append(Candidate(f"{_SYMBOLS.get(name, name)}={value:g}", event, step, speedup))
     if now.seconds is not None:  # on a busy machine only steps that took turns can be compared
         candidates = [replace(c, step=replace(c.step, seconds=now.seconds / c.speedup)) for c in candidates]
-    shape = None if batch is None else next(tuple(v.shape) for v in batch.values() if torch.is_tensor(v))
+    shape = None if batch is None else next((tuple(v.shape) for v in batch.values() if torch.is_tensor(v)), ())
     return Analysis(candidates, now, shape)
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_compressm import CompreSSMCallback, compress
+from hf_compressm import CompreSSMCallback, analyze, compress
 from hf_compressm.surgery.sharding import whole
 
 LOOPS = {"mimo_ssm": ("auto", "adamw"), "reducible_mamba": ("auto", "sgd"), "reducible_mamba2": ("selection", "adamw")}
@@ -61,13 +61,13 @@ def loop(architecture, ranks):
     return {"weights": weights, "state": state, "config": model.config.to_dict()}
 
 
-def trainer(path, model=None, **fsdp):
+def trainer(path, model=None, dry_run=False, **fsdp):
     """The stock Trainer with the FSDP2 plug-in of Accelerate, which takes no CPUs unless they pass for GPUs."""
     sharded = {"fsdp": True, "fsdp_config": FSDP2 | {"transformer_layer_cls_to_wrap": ["MimoSSMBlock"]} | fsdp}
     saving = {"save_strategy": "steps", "save_steps": 6, "ddp_backend": "gloo", "max_steps": 15}
     args = arguments(path, **sharded | saving)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    callback = CompreSSMCallback(tolerance=0.1, start=0, end=12, num_reductions=3)
+    callback = CompreSSMCallback(tolerance=0.1, start=0, end=12, num_reductions=3, dry_run=dry_run)
     model = tiny_lm(state_size=32) if model is None else model
     made = Trainer(model=model, args=args, train_dataset=Windows(), callbacks=[callback])
     assert made.is_fsdp_enabled
@@ -82,6 +82,7 @@ def trainer_runs(directory):
     trainer(directory / "resumed", model).train(resume_from_checkpoint=str(checkpoint))
     return {
         "full size": message(lambda: trainer(directory / "full").train(resume_from_checkpoint=str(checkpoint))),
+        "dry run": message(trainer(directory / "dry", dry_run=True).train),
         "shards": message(trainer(directory / "shards", state_dict_type="SHARDED_STATE_DICT").train),
     }
 
@@ -112,6 +113,7 @@ REFUSED = {
         shard(tiny_lm(), init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))), tolerance=0.1
     ),
     "tensor parallel": tensor_parallel,
+    "analysis": lambda: analyze(shard(tiny_lm())),
 }
 
 

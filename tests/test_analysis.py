@@ -7,7 +7,7 @@ from tiny import batch, tiny_lm
 from torch import nn
 
 from hf_compressm import CompressionConfig, ReducibleMambaConfig, ReducibleMambaForCausalLM, analyze, compress
-from hf_compressm.analysis import _saved_bytes
+from hf_compressm.analysis import _saved_bytes, _step_costs
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,21 @@ def test_memory_is_what_autograd_keeps_and_what_the_parameters_need():
     assert _saved_bytes(Square(), {"x": x}) == 4 * (7 * 3 + 7 * 5)
     found = analyze(tiny_lm(state_size=16, layers=1), [batch(2, 16)], tolerances=[0.1])
     assert found.step.memory_bytes == found.step.activation_bytes + 16 * found.step.parameters
+
+
+def test_steps_that_cannot_be_measured_take_nothing_else_away(caplog, monkeypatch):
+    """As where the memory is enough for the first copies alone."""
+    model, measured = tiny_lm(state_size=16, layers=1), []
+
+    def measure(models, data):
+        measured.append(len(measured))
+        if len(measured) == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return _step_costs(models, data)
+
+    monkeypatch.setattr("hf_compressm.analysis._step_costs", measure)
+    found = analyze(model, [batch(2, 16)], tolerances=[0.05, 0.1, 0.3])
+    without = analyze(model, tolerances=[0.05, 0.1, 0.3])
+    assert measured == [0, 1]
+    assert "No training step could be measured: RuntimeError: CUDA out of memory." in caplog.text
+    assert str(found) == str(without)

@@ -26,7 +26,7 @@ ALLOWED = {
     "observation": {"reducers", "surgery"},
     "search": set(),
     "compression": {"config", "report", "mor", "models", "reducers", "surgery", "observation", "search"},
-    "analysis": {"config", "report", "observation", "compression"},
+    "analysis": {"config", "report", "surgery", "observation", "compression"},
     "hub": {"config", "report", "models"},
     # pushes happen inside the Trainer, and have to carry what `hub` makes
     "training": {

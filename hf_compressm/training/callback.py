@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..analysis import check_whole
 from ..compression import (
     Sizes,
     adopt_new_parameters,
@@ -146,6 +147,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._check_arguments(args)
         self._check_resumed_optimizer(model, optimizer)
         check_support(model, self.config, optimizer, resumed=state.global_step > 0)
+        if self.config.dry_run:
+            check_whole(model)
         allow_other_sizes(model)
         sync_config(model)
         trainer = self._trainer

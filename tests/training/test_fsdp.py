@@ -78,6 +78,8 @@ def test_a_whole_checkpoint_of_a_sharded_run_is_reduced_on_disk_with_its_moments
         "tensor parallel": "tensor parallel",
         "full size": "`from_pretrained`",
         "shards": "FULL_STATE_DICT",
+        "analysis": "`hf-compressm analyze` on a checkpoint",
+        "dry run": "`hf-compressm analyze` on a checkpoint",
     }.items(),
 )
 def test_what_sharding_has_no_place_for_is_refused(sharded, name, message):
