@@ -230,13 +230,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._scheduled = False  # another callback may evaluate something else before the Trainer goes on
         if not self._stepped and state.global_step > 0 and self._rollback.reference is not None:
             return  # eval_on_start of a resumed run, which the uninterrupted one does not have
+        decides = self._rollback.pending is not None
         if self._rollback.judge(metrics, model, optimizer, state, self.report.events):
             self._events = []
             self._calibration.stop()
             self._calibration = self._begin_calibration(model)
             self._sizes = Sizes(model)
             self._log(self.report.rollback_line(), self.report.rollback_summary(), state, control)
-        if state.is_world_process_zero:
+        if decides and state.is_world_process_zero:
             self._rollback.clean()
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):

@@ -19,6 +19,7 @@ from hf_compressm import (
     ReducibleMamba2ForCausalLM,
     compress,
 )
+from hf_compressm.training.rollback import Rollback
 from hf_compressm.training.snapshot import FOLDER, Snapshot, SnapshotStore
 
 DEAR = {"target_state_size": 1, "num_reductions": 1, "rollback_metric": "loss", "rollback_tolerance": 0.0}
@@ -388,6 +389,17 @@ def test_an_evaluation_after_the_run_judges_nothing(tmp_path, caplog):
     trainer.evaluate()
     assert state_sizes(trainer.model) == [1, 1]
     assert not (tmp_path / FOLDER).exists()
+
+
+def test_checkpoints_are_looked_through_where_a_snapshot_may_have_become_useless(tmp_path, monkeypatch):
+    """After a decision, after a checkpoint was saved and at the end, not at each of many evaluations."""
+    cleaned = []
+    monkeypatch.setattr(Rollback, "clean", lambda self: cleaned.append(trainer.state.global_step))
+    callbacks = [CompreSSMCallback(**DEAR | {"rollback_tolerance": 9.0}, start=5, end=7)]
+    options = EVALUATE | {"eval_steps": 1, "max_steps": 12, "save_strategy": "steps", "save_steps": 5}
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **options)
+    trainer.train()
+    assert cleaned == [5, 7, 10, 12, 12]
 
 
 class At(TrainerCallback):
