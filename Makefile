@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest
 RUN := OMP_NUM_THREADS=1 $(PYTEST) -n auto --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lint format bench wheel clean
+.PHONY: help install demo test fast slow lint format bench wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ demo: $(INSTALLED) ## Train a small model on text, shrink it on the way, reload 
 
 test: $(INSTALLED) ## Run the tests, without the slow ones
 	$(RUN)
+
+fast: $(INSTALLED) ## Run the tests of mathematics, scans, reducers and surgery only (about a minute)
+	$(RUN) tests/mor tests/ops tests/reducers tests/surgery tests/test_config.py tests/test_imports.py tests/test_search.py \
+	  tests/test_compression.py tests/test_observation.py tests/test_report.py
 
 slow: $(INSTALLED) ## Run the slow tests only
 	$(RUN) -m slow

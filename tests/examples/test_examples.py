@@ -133,5 +133,5 @@ def test_classification_learns_digits_with_a_reduced_state(tmp_path, repo_env):
 def test_a_missing_model_is_one_line_and_a_failure(tmp_path, repo_env):
     done = run(repo_env, "generate.py", "--model", str(tmp_path / "nothing"))
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: no model in {tmp_path / 'nothing'}; train one")
+    assert done.stderr.startswith(f"error: no model in {tmp_path / 'nothing'}, nor one of this name on the Hub")
     assert len(done.stderr.splitlines()) == 1
