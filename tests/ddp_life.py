@@ -10,7 +10,9 @@ from runs import make_trainer
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback
+from hf_compressm.surgery import Ranks
 from hf_compressm.training import callback as callback_module
+from hf_compressm.training.snapshot import SnapshotStore
 
 BATCH = 4  # sequences per step, over all ranks
 OPTIONS = {"max_steps": 12, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
@@ -40,6 +42,38 @@ def run(path, rule, resume=None, **options):
     return trainer
 
 
+def judged_apart(output):
+    """From the checkpoint that waits for the decision, on a rank that does not see the other's files."""
+    read = SnapshotStore.read
+
+    def see(*args):
+        if dist.get_rank() == 1:
+            raise ValueError("no such file")
+        return read(*args)
+
+    SnapshotStore.read = see
+    try:
+        return run(output / "apart", JUDGED, resume=str(output / "judged" / "checkpoint-9"))
+    finally:
+        SnapshotStore.read = read
+
+
+def sent(run):
+    """What a run returns, and the types of all that the first rank hands out in it."""
+    decide, types = Ranks.decide, []
+
+    def listen(*args):
+        decided = decide(*args)
+        types.extend(type(part).__name__ for part in (decided if isinstance(decided, tuple) else [decided]))
+        return decided
+
+    Ranks.decide = listen
+    try:
+        return run(), types
+    finally:
+        Ranks.decide = decide
+
+
 def die_while_deciding(output):
     """The second rank is gone when the first wants to tell what it decided."""
     compress_once = callback_module.compress_once
@@ -56,11 +90,11 @@ def die_while_deciding(output):
 
 def main(output: Path) -> None:
     dist.init_process_group("gloo")
-    results = {
-        "judged": run(output / "judged", JUDGED),
-        "resumed": run(output / "resumed", PLAIN, resume=True),
-    }
-    rank = dist.get_rank()
+    rank, results, types = dist.get_rank(), {}, {}
+    results["judged"], types["judged"] = sent(lambda: run(output / "judged", JUDGED))
+    results["apart"], types["apart"] = sent(lambda: judged_apart(output))
+    results["resumed"] = run(output / "resumed", PLAIN, resume=True)
+    torch.save(types, output / f"types-{rank}.pt")
     for name, trainer in results.items():
         torch.save(trainer.model.state_dict(), output / f"{name}-{rank}.pt")
     dist.barrier()

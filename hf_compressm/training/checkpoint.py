@@ -257,5 +257,13 @@ class ResumingTrain:
 
 def on_main(compute: Callable[[], Any]) -> Any:
     """What `compute` returns on the first process, on every process."""
-    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return Ranks().decide(compute) if together else compute()
+    return Ranks().decide(compute) if _together() else compute()
+
+
+def all_ranks(condition: bool) -> bool:
+    """Whether something holds on every process."""
+    return all(Ranks().gather(condition)) if _together() else condition
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 from ..config import CompressionConfig
 from ..report import CompressionEvent
 from ..surgery import Ranks, UnsupportedSetupError, check_replicas_equal, find_replicas, rebuild_reducer
-from .checkpoint import callback_state, checkpoints, on_main
+from .checkpoint import all_ranks, callback_state, checkpoints, on_main
 from .snapshot import Snapshot, SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,8 @@ class Rollback:
         judged = [e for e in events if e.changed and not e.dry_run and (e.step or 0) >= pending["step"]]
         for event in judged:
             event.metric_before, event.metric_after = before, after
-        snapshot, best, problem = on_main(lambda: self._decide(before, after, pending))
+        worse, best = on_main(lambda: (self._worse(before, after), self._best(pending)))
+        snapshot, problem = self._read(pending) if worse else (None, "")
         if problem:
             logger.warning("Cannot go back to before the reduction at step %d: %s.", pending["step"], problem)
         if snapshot is None:
@@ -231,17 +232,24 @@ class Rollback:
                 waiting.append((callback_state(checkpoint).get("rollback") or {}).get("pending"))
         self._store.keep_only({pending["step"] for pending in waiting if pending is not None})
 
-    def _decide(self, before: float, after: float, pending: dict[str, Any]) -> tuple[Snapshot | None, list, str]:
-        """The snapshot to go back to and the best model then, if the evaluation says so; why it cannot, if so."""
-        if not self._worse(before, after):
-            return None, [], ""
-        best = pending["best"]
-        if best[2] is not None and not Path(best[2]).is_dir():
-            best = [None] * 3  # its checkpoint has made room for later ones
+    def _read(self, pending: dict[str, Any]) -> tuple[Snapshot | None, str]:
+        """The snapshot to go back to, or why it cannot be had; the same on every process.
+
+        Each reads the file, because what one hands out goes through the memory of the devices. Where some cannot, as
+        on machines without a common file system, the first hands it out all the same.
+        """
+        snapshot, problem = None, ""
         try:
-            return self._store.read(pending["step"], pending["digest"]), best, ""
-        except ValueError as error:
-            return None, [], str(error)
+            snapshot = self._store.read(pending["step"], pending["digest"])
+        except Exception as error:  # whatever it is, the others wait
+            problem = str(error)
+        return (snapshot, "") if all_ranks(snapshot is not None) else on_main(lambda: (snapshot, problem))
+
+    @staticmethod
+    def _best(pending: dict[str, Any]) -> list:
+        """The best model before the reduction, if its checkpoint has not made room for later ones."""
+        best = pending["best"]
+        return best if best[2] is None or Path(best[2]).is_dir() else [None] * 3
 
     def _worse(self, before: float, after: float) -> bool:
         """By more than the tolerance, relative to the value before; a value that is not finite is."""

@@ -65,6 +65,17 @@ def test_both_ranks_go_back_as_one_process_does(two_ranks, tmp_path):
     assert_close(found, ddp_life.run(tmp_path, ddp_life.JUDGED).model.state_dict())
 
 
+def test_a_snapshot_is_handed_out_only_to_ranks_that_cannot_read_it(two_ranks):
+    output, *_ = two_ranks
+    assert CompressionReport.load(output / "apart").events[0].rolled_back_at == 10
+    found, expected = weights(output, "apart"), weights(output, "judged")
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    for rank in (0, 1):
+        types = torch.load(output / f"types-{rank}.pt")
+        assert types["judged"]
+        assert ("Snapshot" in types["judged"], "Snapshot" in types["apart"]) == (False, True)
+
+
 def test_one_process_goes_on_where_two_were_waiting_for_a_decision(two_ranks, tmp_path):
     output, *_ = two_ranks
     checkpoint = output / "judged" / "checkpoint-9"
