@@ -94,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 after an error that was told in one line on stderr.
     """
     parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(arguments)
+    options.command = shlex.join(["hf-compressm", *arguments])
     if not options.debug:
         transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -223,7 +225,7 @@ def _reduce(options: argparse.Namespace) -> None:
     source = _local(options.model)
     model = _load(source)
     batches, held_out = _batches(source, data, config, model)
-    before, parameters = _loss(model, held_out), model.num_parameters()
+    before = _loss(model, held_out)
     report = reduce_checkpoint(source, output_dir, config, batches)
     print(report)
     record = report.run
@@ -231,9 +233,9 @@ def _reduce(options: argparse.Namespace) -> None:
         after, what = _loss(_load(output_dir), held_out), data.describe(held_out)
         print(f"loss on {what}, held out from the reduction: {before:.4f} before, {after:.4f} after")
         record["loss"] = {"before": before, "after": after, "data": what}
-    record.setdefault("parameters", {"before": parameters})
-    command = shlex.join(["hf-compressm", *sys.argv[1:]])
-    record["command"] = f"{record['command']}\n{command}" if "command" in record else command
+    if data.data is not None:
+        record["calibration_data"] = Path(data.data).name if Path(data.data).is_file() else data.data
+    record["command"] = "\n".join(filter(None, [record.get("command"), options.command]))
     report.save(output_dir)
     if Run.load(output_dir).changed_events:
         details = {} if Path(options.model).is_dir() else {"finetuned_from": options.model}

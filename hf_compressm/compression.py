@@ -241,7 +241,7 @@ def compress_once(
         if ranks is not None:
             check_replicas_equal(base, ranks)
     event = CompressionEvent([plan.report for plan in plans.values()], time.perf_counter() - started, step)
-    event.dry_run = config.dry_run
+    event.dry_run, event.rule = config.dry_run, "{}={:g}".format(*config.rule)
     for layer in event.layers:
         if layer.note:
             logger.warning("%s keeps its %d states: %s", layer.name, layer.before, layer.note)

@@ -71,6 +71,7 @@ def _plot_sizes(axes, events: Sequence[Any], last_step: int) -> None:
         axes.step(*zip(*points, strict=True), where="post", marker="o", markersize=3, label=layer.name)
     in_a_run = events[0].step is not None
     axes.set(xlabel="optimizer step" if in_a_run else "event", ylabel="states", title="State sizes", ylim=(0, None))
+    axes.locator_params(axis="x", integer=True)
     if len(events[0].layers) <= _MAX_LAYERS:
         axes.legend(fontsize="small")
 

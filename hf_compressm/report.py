@@ -49,6 +49,9 @@ class CompressionEvent:
         metric_before, metric_after: `rollback_metric` at the last evaluation before and the first one after; None
             where none was asked for, or none took place.
         rolled_back_at: the optimizer step after which the model went back to before this event; None if it did not.
+        rule: the rank rule, as in "tolerance=0.05"; empty in a report that does not tell.
+        log_entries: number of entries in the Trainer's `log_history` when a checkpoint on disk was reduced: they
+            tell of the model before. None for any other reduction.
     """
 
     layers: list[LayerReport]
@@ -58,6 +61,13 @@ class CompressionEvent:
     metric_before: float | None = None
     metric_after: float | None = None
     rolled_back_at: int | None = None
+    rule: str = ""
+    log_entries: int | None = None
+
+    @property
+    def in_training(self) -> bool:
+        """Whether it took place in a run, and not on a finished model or a checkpoint on disk."""
+        return self.step is not None and self.log_entries is None
 
     @property
     def changed(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from runs import make_trainer
 from tiny import TEXT, tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config, Mamba2ForCausalLM
 
@@ -17,6 +18,7 @@ from byte_tokenizer import byte_tokenizer
 from hf_compressm import (
     CompressionConfig,
     CompressionReport,
+    CompreSSMCallback,
     MimoSSMConfig,
     MimoSSMForSequenceClassification,
     ReducibleMambaConfig,
@@ -111,6 +113,53 @@ def test_reduce_writes_a_model_that_loads_and_tells_what_it_cost(run, tmp_path):
     assert code == 0
     assert "license: mit" in (out_dir / "README.md").read_text()
     assert (out_dir / "modeling_reducible_mamba.py").exists()
+
+
+@pytest.fixture
+def trained(models, tmp_path):
+    """The output directory of a run with evaluations, reduced once while it trained."""
+    callback = CompreSSMCallback(target_state_size=8, start=0, end=2, num_reductions=1)
+    evaluated = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(tmp_path / "trained", tiny_lm(state_size=16), [callback], **evaluated)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    byte_tokenizer().save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_the_card_of_a_reduction_tells_of_the_reduced_model(run, trained, tmp_path):
+    (trained / "compression_report.json").unlink()  # as if it had not been reduced: evaluations of the large model
+    out_dir = tmp_path / "small"
+    command = ["reduce", trained, out_dir, "--data", "text.txt", "--target_state_size", 4, *SMALL]
+    assert run(*command)[0] == 0
+    text, report = (out_dir / "README.md").read_text(), CompressionReport.load(out_dir)
+    loss = report.run["loss"]
+    assert f"| loss | {loss['before']:.4g} | {loss['after']:.4g} |" in text
+    assert "optimizer step |" not in text
+    assert "model-index" not in text
+    assert "after its training" in text
+    assert "in one pass over the checkpoint of step 4" in text
+    assert "Data: text.txt (for the reduction)." in text
+    assert report.run["command"] == " ".join(["hf-compressm", *map(str, command)])
+    assert (out_dir / "compression_plot.png").exists()
+
+
+def test_a_second_reduction_adds_to_what_the_run_did(run, trained, tmp_path):
+    (trained / "trainer_state.json").unlink()
+    for source, target, rule in (
+        (trained, "once", ["--reduction_fraction", 0.5]),
+        (tmp_path / "once", "twice", ["--target_state_size", 2, "--data", "text.txt", *SMALL]),
+    ):
+        code, _, err = run("reduce", source, tmp_path / target, *rule)
+        assert code == 0, err
+    text, report = (tmp_path / "twice" / "README.md").read_text(), CompressionReport.load(tmp_path / "twice")
+    assert [event.step for event in report.events] == [2, 2, 2]
+    assert "Rank rule: `target_state_size=8`, `reduction_fraction=0.5`, `target_state_size=2` per reduction." in text
+    assert "steps 2, 2 (outside training), 2 (outside training);" in text
+    assert "while it trained" in text
+    assert "| before the last reduction | after it |" in text
+    assert "training step, median" not in text
 
 
 def test_reduce_by_loss_and_without_data(run, tmp_path):

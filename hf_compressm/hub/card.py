@@ -39,7 +39,7 @@ def build_card(run: Run, *, plot: str | None = None, has_code: bool = False, **d
         template_str=(files(__package__) / "card_template.md").read_text(encoding="utf-8"),
         name=name,
         model_type=run.config.get("model_type", "unknown type"),
-        in_training=events[0].step is not None,
+        in_training=run.in_training,
         base_model=details.get("finetuned_from"),
         states_before=sum(layer.before for layer in events[0].layers),
         states_after=sum(layer.after for layer in events[-1].layers),
@@ -50,7 +50,7 @@ def build_card(run: Run, *, plot: str | None = None, has_code: bool = False, **d
         schedule=_schedule(run, events),
         layers=_layer_table(events),
         notes=_notes(run),
-        data=_data(details),
+        data=_data(run, details),
         command=record.get("command"),
         hyperparameters=record.get("hyperparameters", {}),
         options=_options(run.report.config),
@@ -73,8 +73,8 @@ def _metadata(run: Run, name: str, details: dict) -> ModelCardData:
         "tags": list(dict.fromkeys(filter(None, [*tags, *_listed(details.get("tags"))]))),
         "pipeline_tag": task[0] if task else _task(run),
     }
-    evaluations = run.evaluations()
-    if not evaluations:
+    final = run.final_evaluation()
+    if final is None:
         return ModelCardData(**data)
     dataset = _data_name(details)
     results = [
@@ -87,7 +87,7 @@ def _metadata(run: Run, name: str, details: dict) -> ModelCardData:
             metric_name=metric,
             metric_value=value,
         )
-        for metric, value in evaluations[-1][1].items()
+        for metric, value in final[1].items()
     ]
     return ModelCardData(
         **data, metrics=[result.metric_type for result in results], model_name=name, eval_results=results
@@ -109,24 +109,29 @@ def _overview(run: Run) -> list[tuple[str, str, str]]:
     if after:
         rows.append(("parameters", f"{before:,}" if before else "", f"{after:,}"))
     times = run.report.run.get("step_ms", {})
-    if times.get("before") and times.get("after"):
+    all_in_training = all(event.in_training for event in run.changed_events)  # else these are of another model
+    if all_in_training and times.get("before") and times.get("after"):
         faster = times["before"] / times["after"]
         rows.append(("training step, median", f"{times['before']:.1f} ms", f"{times['after']:.1f} ms ({faster:.2f}×)"))
     return rows
 
 
 def _evaluation_table(run: Run) -> str:
-    """The last evaluation before the first reduction, the first one after the last, and the last of all."""
+    """The last evaluation before the first reduction, the first one after the last, and that of the saved model."""
     evaluations, events = run.evaluations(), run.changed_events
     if not evaluations:
         loss = run.report.run.get("loss")  # of a reduction outside training
-        rows = [["", "before", "after"], ["loss", _number(loss["before"]), _number(loss["after"])]] if loss else []
-        return _table(rows) if rows else ""
+        when = ["before", "after"] if len(events) == 1 else ["before the last reduction", "after it"]
+        return _table([["", *when], ["loss", _number(loss["before"]), _number(loss["after"])]]) if loss else ""
     # an evaluation at the step of an event comes after the event
-    before = [e for e in evaluations if events[0].step is None or e[0] < events[0].step]
-    after = [e for e in evaluations if events[-1].step is not None and e[0] >= events[-1].step]
-    chosen = {"before the first reduction": before[-1:], "after the last": after[:1], "at the end": evaluations[-1:]}
-    columns = {title: found[0] for title, found in chosen.items() if found}
+    before = [e for e in evaluations if e[0] < events[0].step]
+    after = [e for e in evaluations if e[0] >= events[-1].step]
+    columns = {
+        "before the first reduction": next(reversed(before), None),
+        "after the last": next(iter(after), None),
+        "of the best model, which was kept" if run.best else "at the end": run.final_evaluation(),
+    }
+    columns = {title: found for title, found in columns.items() if found is not None}
     names = list(dict.fromkeys(metric for _, metrics in columns.values() for metric in metrics))
     rows = [["", *columns], ["optimizer step", *(f"{step:,}" for step, _ in columns.values())]]
     rows += [[name, *(_number(metrics.get(name)) for _, metrics in columns.values())] for name in names]
@@ -134,7 +139,7 @@ def _evaluation_table(run: Run) -> str:
 
 
 def _evaluated_by(run: Run, details: dict) -> str:
-    if loss := run.report.run.get("loss"):
+    if not run.evaluations() and (loss := run.report.run.get("loss")):
         return f"On {loss['data']}, held out from the reduction, by the command below."
     if details.get("evaluation_command"):
         return f"Evaluated with `{details['evaluation_command']}`."
@@ -142,16 +147,24 @@ def _evaluated_by(run: Run, details: dict) -> str:
 
 
 def _schedule(run: Run, events: list[CompressionEvent]) -> str:
-    rule, value = CompressionConfig(**run.report.config).rule
-    if events[0].step is None:
-        return f"Rank rule: `{rule}={value:g}`, in one pass over the finished model."
+    of_config = "{}={:g}".format(*CompressionConfig(**run.report.config).rule)
+    rules = ", ".join(f"`{rule}`" for rule in dict.fromkeys(event.rule or of_config for event in events))
+    if not run.in_training:
+        passes = "one pass" if len(events) == 1 else f"{len(events)} passes"
+        model = "finished model" if events[-1].step is None else f"checkpoint of step {events[-1].step:,}"
+        return f"Rank rule: {rules}, in {passes} over the {model}."
     of = f" of {run.max_steps:,}" if run.max_steps else ""
-    steps = ", ".join(f"{event.step:,}" for event in events)
+    steps = ", ".join(_when(event) for event in events)
     seconds = sum(event.seconds for event in run.report.events)
     return (
-        f"Rank rule: `{rule}={value:g}` per reduction. Reductions after the optimizer steps {steps}{of}; all of them "
+        f"Rank rule: {rules} per reduction. Reductions after the optimizer steps {steps}{of}; all of them "
         f"took {seconds:.1f} s together."
     )
+
+
+def _when(event: CompressionEvent) -> str:
+    step = "the last" if event.step is None else f"{event.step:,}"
+    return step if event.in_training else f"{step} (outside training)"
 
 
 def _layer_table(events: list[CompressionEvent]) -> str:
@@ -180,7 +193,9 @@ def _notes(run: Run) -> list[str]:
         for event in events
         if event.rolled_back_at is not None
     ] + [
-        f"`{layer.name}` kept its {layer.before} states at step {event.step}: {layer.note}"
+        f"`{layer.name}` kept its {layer.before} states"
+        + ("" if event.step is None else f" at step {event.step}")
+        + f": {layer.note}"
         for event in events
         for layer in event.layers
         if layer.note
@@ -192,9 +207,10 @@ def _data_name(details: dict) -> str:
     return ", ".join(found) or "unknown"
 
 
-def _data(details: dict) -> str:
-    name = _data_name(details)
-    return "not recorded" if name == "unknown" else name
+def _data(run: Run, details: dict) -> str:
+    name, calibration = _data_name(details), run.report.run.get("calibration_data")
+    names = [*([name] if name != "unknown" else []), *([f"{calibration} (for the reduction)"] if calibration else [])]
+    return ", ".join(names) or "not recorded"
 
 
 def _options(config: dict) -> str:
@@ -217,10 +233,9 @@ def _loading(run: Run, name: str, has_code: bool) -> str:
 
 
 def _limits(run: Run) -> str:
-    evaluations = run.evaluations()
     return (
         "The figures are those of one run with one seed."
-        if evaluations or run.report.run.get("loss")
+        if run.evaluations() or run.report.run.get("loss")
         else "This card reports no evaluation: measure before you rely on it."
     )
 

@@ -65,10 +65,23 @@ class Run:
         events = self.report.events
         return [event for event in events if event.changed and not event.dry_run and event.rolled_back_at is None]
 
-    def evaluations(self) -> list[tuple[int, dict[str, float]]]:
-        """Steps and metrics of every evaluation, in the order of the run."""
+    @property
+    def in_training(self) -> bool:
+        """Whether any of these events took place in the run itself."""
+        return any(event.in_training for event in self.changed_events)
+
+    def evaluations(self, first: int = 0) -> list[tuple[int, dict[str, float]]]:
+        """Steps and metrics of the evaluations, in the order of the run.
+
+        After a reduction outside the run, only those since then: the others are of a larger model.
+
+        Args:
+            first: entry of `log_history` to begin with.
+        """
+        outside = [event.log_entries for event in self.changed_events if not event.in_training]
+        first = max([first, *(len(self.log_history) if entries is None else entries for entries in outside)])
         found = []
-        for entry in self.log_history:
+        for entry in self.log_history[first:]:
             metrics = {
                 key.removeprefix("eval_"): value
                 for key, value in entry.items()
@@ -77,6 +90,17 @@ class Run:
             if metrics:
                 found.append((entry.get("step", 0), metrics))
         return found
+
+    @property
+    def best(self) -> dict[str, int]:
+        """Step of the model that `load_best_model_at_end` brought back and length of the log then; empty if none."""
+        best = self.report.run.get("best", {})
+        return {} if best and self.evaluations(best["log_entries"]) else best
+
+    def final_evaluation(self) -> tuple[int, dict[str, float]] | None:
+        """That of the model that was saved: the last one, or the last one at the best step."""
+        step = self.best.get("step")
+        return next((e for e in reversed(self.evaluations()) if step in (None, e[0])), None)
 
 
 def _trainer_state(directory: Path) -> dict:

@@ -270,6 +270,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._rollback.finish(state.is_world_process_zero)
         self._record.count(model)
         self._record.finish()
+        self._record.end(args, state)
         if state.is_world_process_zero:
             self.report.save(Path(self._output_dir))
 

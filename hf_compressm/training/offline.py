@@ -15,15 +15,17 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, Trainer
 from transformers.models.auto import modeling_auto
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CHAT_TEMPLATE_DIR, CONFIG_NAME
 
 from ..compression import compress
 from ..config import CompressionConfig
+from ..hub import CARD_NAME, PLOT_NAME
 from ..param_groups import ssm_param_groups
 from ..report import REPORT_NAME, CompressionEvent, CompressionReport
 from ..surgery import drop_stale_state
 from .callback import CompreSSMCallback
 from .checkpoint import calibration_file
+from .run_record import count_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -71,21 +73,26 @@ def reduce_checkpoint(
     _check_directories(source, target)
     model = _load_model(source)
     saved, optimizer = _load_optimizer(source, model)
-    count = sum(1 for _ in model.parameters())
+    tensors, parameters = sum(1 for _ in model.parameters()), count_parameters(model)
     event = compress(model, config, dataloader, optimizer).events[0]
-    if saved and optimizer is None and sum(1 for _ in model.parameters()) != count:
+    if saved and optimizer is None and sum(1 for _ in model.parameters()) != tensors:
         raise ValueError(
             "The reduction adds parameters, and their place in the optimizer is not known, because its groups are "
             'neither those of the Trainer nor those of `ssm_param_groups`. Use method="selection".'
         )
     state = _trainer_state(source)
-    event.step = state.get("global_step")
     report = CompressionReport(config.to_dict())
     if (source / REPORT_NAME).is_file():
         report = CompressionReport.load(source)
+    event.step = state.get("global_step", report.events[-1].step if report.events else None)
+    if event.step is not None:
+        event.log_entries = len(state.get("log_history", []))
     report.events.append(event)
+    report.run.setdefault("parameters", {"before": parameters})["after"] = count_parameters(model)
+    if event.changed:
+        report.run.pop("loss", None)  # of the model before
     if not config.dry_run:
-        _write(source, target, model)
+        _write(source, target, model, (CARD_NAME, PLOT_NAME) if event.changed else ())
         _write_optimizer(source, target, model, saved, optimizer)
         report.save(target)
         if state:  # last, because it makes a checkpoint whole
@@ -169,16 +176,19 @@ def _by_position(saved: dict[str, Any]) -> dict[str, Any]:
     return {"state": {places[name]: state for name, state in saved["state"].items()}, "param_groups": groups}
 
 
-def _write(source: Path, target: Path, model: nn.Module) -> None:
-    """Model and config, in shards no larger than before, and the files that have nothing to do with sizes."""
+def _write(source: Path, target: Path, model: nn.Module, stale: tuple[str, ...]) -> None:
+    """Model and config, in shards no larger than before, and the files that have nothing to do with sizes.
+
+    Of the directories only that of the tokenizer: others are checkpoints and logs of the model before.
+    """
     shards = [path.stat().st_size for path in source.glob("model-*.safetensors")]
     model.save_pretrained(target, **({"max_shard_size": max(shards)} if shards else {}))
     for path in source.iterdir():
-        if _matches(path, (*_WEIGHTS, *_SHARDS_OF_ENGINES, *_OWN)) or (target / path.name).exists():
+        if _matches(path, (*_WEIGHTS, *_SHARDS_OF_ENGINES, *_OWN, *stale)) or (target / path.name).exists():
             continue
-        if path.is_dir():
+        if path.name == CHAT_TEMPLATE_DIR:
             shutil.copytree(path, target / path.name)
-        else:
+        elif path.is_file():
             shutil.copy2(path, target / path.name)
     if (source / _FSDP_WEIGHTS).is_file():
         torch.save(model.state_dict(), target / _FSDP_WEIGHTS)

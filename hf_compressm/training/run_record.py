@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer, is_hf_dataset
 
 _TIMED_STEPS = 100  # on either side of the reductions
@@ -47,7 +47,8 @@ class RunRecord:
             "machine": _machine(args),
             "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))},
         }
-        self.record.setdefault("parameters", {"before": _parameters(model)})
+        self.record.setdefault("parameters", {"before": count_parameters(model)})
+        self.record.pop("best", None)  # of the run that a checkpoint continues
         if trainer is not None:
             self.record["hyperparameters"] = _plain(extract_hyperparameters_from_trainer(trainer))
             self.record["card"] = _dataset(trainer) | self.record.get("card", {})
@@ -72,7 +73,13 @@ class RunRecord:
 
     def count(self, model: nn.Module) -> None:
         """Count the parameters as they are now."""
-        self.record["parameters"]["after"] = _parameters(model)
+        self.record["parameters"]["after"] = count_parameters(model)
+
+    def end(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Take down which model `load_best_model_at_end` brought back, if it did; later evaluations are of it, too."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            step = int(state.best_model_checkpoint.rpartition("-")[2])  # `best_global_step` need not have been saved
+            self.record["best"] = {"step": step, "log_entries": len(state.log_history)}
 
     def finish(self) -> None:
         """Bring the step times up to date."""
@@ -99,7 +106,8 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in all parameters of a model."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 from huggingface_hub import EvalResult, ModelCard
+from runs import make_trainer
 from tiny import tiny_lm
 
-from hf_compressm import CompressionReport, compress
+from hf_compressm import CompressionReport, CompreSSMCallback, compress
 from hf_compressm.hub import Run, build_card, write_card
 from hf_compressm.report import REPORT_NAME
 
@@ -136,6 +137,46 @@ def test_a_reduction_after_training_has_a_card_too(tmp_path):
     assert rows(card, "loss") == ["1.25", "1.5"]
     assert "32 sequences of plays.txt" in card.text
     jsonschema.validate(card.data.to_dict(), SCHEMA)
+
+
+def test_a_reduction_after_a_run_has_none_of_its_evaluations(run_dir):
+    edit(run_dir / REPORT_NAME, lambda data: [event.update(step=None) for event in data["events"]])
+    card = build_card(Run.load(run_dir))
+    assert card.data.eval_results is None
+    assert "No evaluation was recorded" in card.text
+    assert "in 2 passes over the finished model" in card.text
+    edit(run_dir / REPORT_NAME, lambda data: data["events"][0].update(step=4))
+    assert "after the optimizer steps 4, the last (outside training) of 10" in build_card(Run.load(run_dir)).text
+
+
+def test_a_report_without_rules_names_that_of_its_options(run_dir):
+    edit(run_dir / REPORT_NAME, lambda data: [event.pop("rule") for event in data["events"]])
+    assert "Rank rule: `target_state_size=4` per reduction." in build_card(Run.load(run_dir)).text
+
+
+@pytest.mark.parametrize("evaluated_again", [False, True])
+def test_the_figures_are_those_of_the_best_model_if_that_is_the_one_saved(tmp_path, evaluated_again):
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_steps": 2, "max_steps": 8}
+    options |= {"load_best_model_at_end": True, "greater_is_better": True, "eval_strategy": "steps"}  # not the last
+    callback = CompreSSMCallback(target_state_size=4, start=0, end=2, num_reductions=1)
+    trainer = make_trainer(tmp_path, tiny_lm(state_size=16), [callback], **options)
+    trainer.train()
+    best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    assert best < 8
+    saved = trainer.evaluate() if evaluated_again else {}
+    trainer.save_model()
+    trainer.save_state()
+    card, run = build_card(Run.load(tmp_path)), Run.load(tmp_path)
+    expected = saved.get("eval_loss") or dict(run.evaluations())[best]["loss"]
+    assert card.data.eval_results[0].metric_value == expected == pytest.approx(trainer.state.best_metric)
+    assert rows(card, "optimizer step")[-1] == ("8" if evaluated_again else f"{best}")
+    assert ("of the best model, which was kept" in card.text) == (not evaluated_again)
+
+
+def test_one_event_has_whole_numbers_on_its_axis():
+    axes = compress(tiny_lm(state_size=16), target_state_size=8).plot().axes[0]
+    assert axes.get_xlabel() == "event"
+    assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
 def test_without_a_reduction_there_is_no_card(run_dir, tmp_path):

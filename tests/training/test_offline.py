@@ -11,6 +11,7 @@ from runs import assert_equal_bit_for_bit, make_trainer, trainer_state
 from safetensors.torch import load_file
 from tiny import Windows, tiny_lm
 from transformers import MambaConfig, MambaForCausalLM, Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_compressm import (
     CompressionConfig,
@@ -20,6 +21,7 @@ from hf_compressm import (
     ReducibleMamba2ForCausalLM,
     ssm_param_groups,
 )
+from hf_compressm.hub import Run, build_card
 from hf_compressm.training import reduce_checkpoint
 
 CONFIG = CompressionConfig(tolerance=0.1, start=0, end=10, num_reductions=1)
@@ -54,7 +56,7 @@ def plain(tmp_path_factory):
 
 def test_the_checkpoint_is_the_one_of_a_run_reduced_in_training(reduced_in_training, plain, tmp_path):
     target = tmp_path / "checkpoint-10"
-    report = reduce_checkpoint(plain, target, CONFIG)
+    reduced = reduce_checkpoint(plain, target, CONFIG)
     expected = reduced_in_training.args.output_dir + "/checkpoint-10"
     found, wanted = (load_file(f"{path}/model.safetensors") for path in (target, expected))
     assert found.keys() == wanted.keys()
@@ -66,10 +68,17 @@ def test_the_checkpoint_is_the_one_of_a_run_reduced_in_training(reduced_in_train
     ours, theirs = trainer_state(target), trainer_state(Path(expected))
     for state in (ours, theirs):  # the Trainer has not yet logged its own step when the callback does
         state["log_history"].sort(key=str)
-        state["stateful_callbacks"]["CompreSSMCallback"]["attributes"]["report"].pop("run")  # of a run with one
+        report = state["stateful_callbacks"]["CompreSSMCallback"]["attributes"]["report"]
+        report.pop("run")  # of a run with one
+        del report["events"][0]["log_entries"]  # None in training
     assert ours == theirs
     assert [event.step for event in CompressionReport.load(target).events] == [10]
-    assert report.events[0].changed
+    assert reduced.events[0].changed
+    counts = [
+        tiny_lm(state_size=32).num_parameters(),
+        sum(value.numel() for value in load_file(f"{expected}/model.safetensors").values()),
+    ]
+    assert list(reduced.run["parameters"].values()) == counts
 
 
 @pytest.mark.parametrize("callback", [True, False], ids=["with callback", "without"])
@@ -168,6 +177,41 @@ def test_a_state_by_names_is_carried_like_one_by_positions(plain, tmp_path):
     found, expected = torch.load(tmp_path / "by_name/optimizer.bin"), torch.load(tmp_path / "by_position/optimizer.pt")
     for index, state in expected["state"].items():
         assert all(torch.equal(state[key], found["state"][order[index]][key]) for key in state)
+
+
+def test_what_belongs_to_the_model_before_stays_behind(plain, tmp_path):
+    """A run whose output directory has checkpoints: the reduced one must not resume from them, nor have its card."""
+    source, target = tmp_path / "run", tmp_path / "reduced"
+    shutil.copytree(plain, source)
+    shutil.copytree(plain, source / "checkpoint-10")
+    (source / "additional_chat_templates").mkdir()
+    for name in ("README.md", "compression_plot.png", "additional_chat_templates/tool_use.jinja", "vocab.json"):
+        (source / name).write_text("of the source")
+    reduce_checkpoint(source, target, CONFIG)
+    assert get_last_checkpoint(target) is None
+    assert (target / "additional_chat_templates" / "tool_use.jinja").read_text() == "of the source"
+    assert (target / "vocab.json").exists()
+    assert not (target / "README.md").exists()
+    assert not (target / "compression_plot.png").exists()
+    unchanged = CompressionConfig(tolerance=1e-9)
+    assert not reduce_checkpoint(source, tmp_path / "same", unchanged).events[0].changed
+    assert (tmp_path / "same" / "README.md").read_text() == "of the source"
+
+
+def test_the_card_of_a_resumed_run_tells_of_the_evaluations_since(tmp_path):
+    evaluated = SAVING | {"eval_strategy": "steps", "eval_steps": 5}
+    make_trainer(tmp_path / "plain", callbacks=[], **evaluated).train()
+    target = tmp_path / "checkpoint-10"
+    reduce_checkpoint(tmp_path / "plain" / "checkpoint-10", target, CONFIG)
+    assert "No evaluation was recorded" in build_card(Run.load(target)).text
+    resumed = make_trainer(tmp_path / "run", callbacks=[CompreSSMCallback(CONFIG)], **evaluated)
+    resumed.train(resume_from_checkpoint=str(target))
+    run = Run.load(tmp_path / "run" / "checkpoint-20")
+    assert [step for step, _ in run.evaluations()] == [15, 20]
+    card = build_card(run)
+    assert "| optimizer step | 15 | 20 |" in card.text
+    assert "training step, median" not in card.text
+    assert card.data.eval_results[0].metric_value == run.evaluations()[-1][1]["loss"]
 
 
 def test_a_dry_run_writes_nothing(plain, tmp_path):
