@@ -41,8 +41,8 @@ SETTINGS = {
     "mamba L=1024 n=16": ("mamba", {"L": 1024, "n": 16}, [PURE, NUMBA, MAMBAPY], 3),
     "mamba L=1024 n=64": ("mamba", {"L": 1024, "n": 64}, [PURE, NUMBA], 3),
     "mamba L=4096 n=16": ("mamba", {"L": 4096, "n": 16}, [PURE, NUMBA], 2),
-    "mamba2 L=1024 n=128 chunk=256": ("mamba2", {"L": 1024, "n": 128, "chunk": 256}, [PURE, "transformers"], 5),
-    "mamba2 L=1024 n=128 chunk=64": ("mamba2", {"L": 1024, "n": 128, "chunk": 64}, [PURE, "transformers"], 5),
+    "mamba2 L=1024 n=128 chunk=256": ("mamba2", {"L": 1024, "n": 128, "chunk": 256}, [PURE, NUMBA, "transformers"], 5),
+    "mamba2 L=1024 n=128 chunk=64": ("mamba2", {"L": 1024, "n": 128, "chunk": 64}, [PURE, NUMBA, "transformers"], 5),
     "mamba2 L=256 n=16 chunk=256": ("mamba2", {"L": 256, "n": 16, "chunk": 256}, [PURE, "transformers"], 5),
     "lru L=784 N=256 H=8 batch=50": (
         "lru",
@@ -172,11 +172,11 @@ def _with_reference(forward: Callable) -> Callable:
     module = sys.modules[fast_scans.mamba_scan.__module__]
 
     def run(*args):
-        module.selective_scan, scan = ops.selective_scan_reference, module.selective_scan
+        module.gated_scan, scan = ops.gated_scan_reference, module.gated_scan
         try:
             return forward(*args)
         finally:
-            module.selective_scan = scan
+            module.gated_scan = scan
 
     return run
 
@@ -185,9 +185,9 @@ def mamba2_step(contender: str, L: int, n: int, chunk: int) -> Callable:
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "state_size": n, "num_heads": 8, "head_dim": 64, "n_groups": 1, "chunk_size": chunk}
     mixer = Mamba2Mixer(Mamba2Config(num_hidden_layers=1, **sizes), 0).train()
-    if contender == PURE:
+    if contender in (PURE, NUMBA):
         use_fast_scans(mixer)
-    return _forward_and_backward(mixer, list(mixer.parameters()), (BATCH, L, WIDTH))
+    return _forward_and_backward(mixer, list(mixer.parameters()), (BATCH, L, WIDTH), numba=contender == NUMBA)
 
 
 def lru_step(contender: str, L: int, n: int, H: int, batch: int) -> Callable:

@@ -8,9 +8,9 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, apply_mask_to_padding_states
 
+from .models.causal_conv import convolve_and_act
 from .models.mamba.modeling_reducible_mamba import scan as mamba_scan
 from .models.mamba2.modeling_reducible_mamba2 import scan as mamba2_scan
-from .ops import causal_conv
 
 
 class _FastMixerMixin:
@@ -30,12 +30,12 @@ class _FastMixerMixin:
         if cache is not None:
             full = cache.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
             x = full.mT
-        x = self.act(causal_conv(x, self.conv1d.weight[:, 0], self.conv1d.bias)[:, -length:])
+        x = convolve_and_act(self, x)[:, -length:]
         return apply_mask_to_padding_states(x, attention_mask)
 
 
 class FastMambaMixer(_FastMixerMixin, MambaMixer):
-    """The stock mixer, with `hf_compressm.ops.selective_scan` on the CPU."""
+    """The stock mixer, with `hf_compressm.ops.gated_scan` on the CPU."""
 
     @force_accelerate_hooks(["conv1d", "dt_proj"])
     def forward(

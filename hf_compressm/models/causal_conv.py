@@ -60,5 +60,13 @@ def causal_convolution(
 def _convolve(mixer: nn.Module, x: torch.Tensor, kernel: Callable) -> torch.Tensor:
     # transformers takes kernels wherever they are installed, and on the CPU they fail.
     if x.device.type == "cpu":
-        return mixer.act(causal_conv(x.mT, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)).mT
+        return convolve_and_act(mixer, x.mT).mT
     return kernel(x, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, activation=mixer.activation)
+
+
+def convolve_and_act(mixer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Convolution and activation of a mixer on the CPU, of `x (batch, L, channels)`, from nothing before it."""
+    weight, bias = mixer.conv1d.weight[:, 0], mixer.conv1d.bias
+    if mixer.activation in ("silu", "swish"):
+        return causal_conv(x, weight, bias, activation="silu")
+    return mixer.act(causal_conv(x, weight, bias))

@@ -2,19 +2,23 @@ r"""The short depthwise convolution in front of a selective scan, with the chann
 
 $$y_t = b + \sum_{i=0}^{k-1} w_i \odot x_{t-k+1+i}$$
 
-with zeros before the first step. `torch.nn.functional.conv1d` has the time last, wants the other layout copied, and
-its backward pass takes four times as long on a CPU.
+with zeros before the first step, and the SiLU behind it. `torch.nn.functional.conv1d` has the time last, wants the
+other layout copied, and its backward pass takes four times as long on a CPU.
 """
 
 import torch
+from torch.nn import functional as F
 
+from . import fused
 from ._common import state_dtype
 
 
-def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def causal_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+) -> torch.Tensor:
     """Convolve each channel of `x (batch, L, D)` over time with its row of `weight (D, k)`; `bias (D,)`.
 
-    The result has the dtype of `x`, the sum is at least float32.
+    The result has the dtype of `x`, the sum is at least float32. `activation` is None or "silu".
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -25,8 +29,15 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias of shape {tuple(weight.shape[:1])}, found {tuple(bias.shape)}")
+    if activation not in (None, "silu"):
+        raise ValueError(f'expected activation None or "silu", found {activation!r}')
     dtype = state_dtype(x)
-    return _conv(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if activation is None:
+        return _conv(x, weight, bias)
+    if fused.usable(x.device):
+        return _conv_silu(x, weight.t(), weight.new_zeros(len(weight)) if bias is None else bias)
+    return F.silu(_conv(x, weight, bias))
 
 
 @torch.library.custom_op("hf_compressm::causal_conv", mutates_args=())
@@ -81,3 +92,36 @@ def _backward(ctx, dy):
 
 
 _conv.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("hf_compressm::causal_conv_silu", mutates_args=())
+def _conv_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """In one compiled loop; `weight (k, D)`. The backward pass computes the convolution again."""
+    return fused.conv_forward(x, weight, bias).to(x.dtype)
+
+
+@_conv_silu.register_fake
+def _conv_silu_fake(x, weight, bias):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("hf_compressm::causal_conv_silu_backward", mutates_args=())
+def _conv_silu_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, dweight, dbias = fused.conv_backward(dy, x, weight, bias)
+    return dx.to(x.dtype), dweight, dbias
+
+
+@_conv_silu_backward.register_fake
+def _conv_silu_backward_fake(dy, x, weight, bias):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _save_all_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_conv_silu.register_autograd(
+    lambda ctx, dy: _conv_silu_backward(dy, *ctx.saved_tensors), setup_context=_save_all_for_backward
+)

@@ -1,8 +1,8 @@
-"""The selective scan as one compiled loop, where numba is installed: `pip install hf-compressm[numba]`.
+"""The block of Mamba on the CPU in compiled loops, where numba is installed: `pip install hf-compressm[numba]`.
 
-The same arguments and results as the passes of `selective_scan.py` in PyTorch, which stand in wherever this is not
-`usable`. The compiled code is kept on disk, beside this file or in the user's cache, so that later processes start at
-once. Work is spread over as many threads of its own as `torch.get_num_threads()`, which a forked process has too.
+`gated_scan.py` and `causal_conv.py` call these where they are `usable`, and PyTorch's operations elsewhere. The
+compiled code is kept on disk, beside this file or in the user's cache, so that later processes start at once. Work is
+spread over as many threads of its own as `torch.get_num_threads()`, which a forked process has too.
 """
 
 import importlib.util
@@ -11,18 +11,22 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch
 
 logger = logging.getLogger(__name__)
 
+CHUNK = 16  # steps from one state that is stored for the backward pass to the next
+
 _allowed = True
 _kernels: ModuleType | None = None
 
 
+@torch.compiler.assume_constant_result
 def usable(device: torch.device) -> bool:
-    """Whether scans on this device run in compiled loops."""
+    """Whether blocks on this device run in compiled loops."""
     return device.type == "cpu" and _allowed and importlib.util.find_spec("numba") is not None and _load()
 
 
@@ -34,7 +38,7 @@ def _load() -> bool:
             from . import _fused_kernels
         except Exception as error:  # whatever keeps numba from being imported, PyTorch can do
             _allowed = False
-            logger.warning("numba is installed but cannot be used (%s): the scan of Mamba runs in PyTorch", error)
+            logger.warning("numba is installed but cannot be used (%s): Mamba runs in PyTorch", error)
             return False
         _kernels = _fused_kernels
     return True
@@ -42,13 +46,18 @@ def _load() -> bool:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Run the scans of this process in PyTorch alone."""
+    """Let this process run in PyTorch alone."""
     global _allowed
     before, _allowed = _allowed, False
     try:
         yield
     finally:
         _allowed = before
+
+
+@cache
+def _kernel(name: str, dtype: torch.dtype) -> Callable:
+    return _kernels.jit(getattr(_kernels, name), f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def _shares(batch: int, channels: int) -> list[tuple[int, tuple[int, int], int, tuple[int, int]]]:
@@ -69,7 +78,7 @@ def _run(kernel: Callable, calls: list[tuple]) -> None:
         try:
             kernel(*args)
         except OSError as error:  # the loop is compiled, and only could not be kept on disk
-            logger.warning("numba cannot write its cache (%s): the scan is compiled anew in each process", error)
+            logger.warning("numba cannot write its cache (%s): the loop is compiled anew in each process", error)
             kernel(*args)
 
     if len(calls) == 1:
@@ -79,36 +88,93 @@ def _run(kernel: Callable, calls: list[tuple]) -> None:
             list(pool.map(call, calls))
 
 
-def _arrays(dtype: torch.dtype, *tensors: torch.Tensor) -> list:
-    return [x.detach().to(dtype).contiguous().numpy() for x in tensors]
+def _arrays(dtype: torch.dtype, *tensors: torch.Tensor) -> tuple:
+    return tuple(x.detach().to(dtype).contiguous().numpy() for x in tensors)
 
 
-def forward(u, delta, A, B, C, h0, borders, h_last, y, chunk_size: int) -> None:
-    """Fill `borders`, `h_last` and `y`; A and the states have the channels last, as everywhere in `_scan`."""
-    h_last.zero_() if h0 is None else h_last.copy_(h0)
-    out = y if y.dtype == A.dtype else torch.empty_like(y, dtype=A.dtype)
-    inputs = _arrays(A.dtype, u, delta, A * math.log2(math.e), B, C)
-    outputs = (h_last.numpy(), out.numpy(), borders.numpy())
-    calls = [(*inputs, *outputs, rows, columns, chunk_size) for _, rows, _, columns in _shares(u.shape[0], u.shape[2])]
-    _run(_kernels.forward, calls)
-    if out is not y:
-        y.copy_(out)
+def _rows(x: torch.Tensor, dtype: torch.dtype) -> tuple:
+    """All that `x (batch, L, D)` spans, as one row of numbers, and its strides; without a copy if D is contiguous."""
+    x = x.detach().to(dtype)
+    if x.stride(2) != 1 or min(x.stride()) < 1:
+        x = x.contiguous()
+    size = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.as_strided((size,), (1,)).numpy(), x.stride()[:2]
 
 
-def backward(dy, dh_last, u, delta, A, B, C, borders, chunk_size: int) -> list[torch.Tensor]:
-    """Gradients of u, delta, A, B, C and h0, in the dtype of the state."""
+def _scratch(dtype: torch.dtype, n: int, count: int) -> tuple:
+    sizes = (_kernels.SCRATCH, *[n * _kernels.WIDTH] * count)
+    return tuple(torch.empty(size, dtype=dtype).numpy() for size in sizes)  # torch aligns them, numpy need not
+
+
+def scan_forward(u, delta, A, B, C, D, z, delta_bias, h, out, y, borders) -> None:
+    """Advance `h`, and fill `out`, `y` and `borders`, all in the dtype of A; see `gated_scan.py`.
+
+    A and the states have the channels last. `y` is the output before the gate, `borders` the state before each chunk.
+    """
+    if not u.numel():
+        return
+    z, strides = _rows(z, A.dtype)
+    inputs = _arrays(A.dtype, u, delta, A * math.log2(math.e), B, C, D)
+    inputs = (*inputs, z, *_arrays(A.dtype, delta_bias))
+    outputs = tuple(x.numpy() for x in (h, out, y, borders))
+    calls = [
+        (inputs, outputs, _scratch(A.dtype, A.shape[0], 2), strides, rows, columns)
+        for _, rows, _, columns in _shares(u.shape[0], u.shape[2])
+    ]
+    _run(_kernel("scan_forward", A.dtype), calls)
+
+
+def scan_backward(dout, dh_last, u, delta, A, B, C, D, z, delta_bias, y, borders) -> list[torch.Tensor]:
+    """Gradients of all inputs in their order, and of the first state, in the dtype of the state."""
     shares = _shares(u.shape[0], u.shape[2])
     dh = dh_last.clone(memory_format=torch.contiguous_format)
-    du, ddelta = (torch.empty(u.shape, dtype=A.dtype) for _ in range(2))
+    du, ddelta, dz = (torch.empty(u.shape, dtype=A.dtype) for _ in range(3))
     # Threads add to sums of their own.
-    dA = A.new_zeros(1 + shares[-1][0], *A.shape)
+    dA, dD, dbias = (A.new_zeros(1 + shares[-1][0], *x.shape) for x in (A, D, delta_bias))
     dB, dC = (A.new_zeros(1 + shares[-1][2], *x.shape) for x in (B, C))
-    inputs = _arrays(A.dtype, dy, u, delta, A * math.log2(math.e), B, C, borders)
-    ln2 = A.new_tensor(math.log(2)).numpy()[()]
-    outputs = [x.numpy() for x in (dh, du, ddelta)]
-    calls = [
-        (*inputs, *outputs, dA[r].numpy(), dB[c].numpy(), dC[c].numpy(), rows, columns, chunk_size, ln2)
-        for r, rows, c, columns in shares
-    ]
-    _run(_kernels.backward, calls)
-    return [du, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dh]
+    if u.numel():
+        z, strides = _rows(z, A.dtype)
+        inputs = _arrays(A.dtype, dout, u, delta, A * math.log2(math.e), B, C, D)
+        inputs = (*inputs, z, *_arrays(A.dtype, delta_bias, y, borders))
+        ln2 = A.new_tensor(math.log(2)).numpy()[()]
+        calls = []
+        for r, rows, c, columns in shares:
+            gradients = tuple(x.numpy() for x in (dh, du, ddelta, dA[r], dB[c], dC[c], dD[r], dz, dbias[r]))
+            calls.append((inputs, gradients, _scratch(A.dtype, A.shape[0], 3), strides, rows, columns, ln2))
+        _run(_kernel("scan_backward", A.dtype), calls)
+    dA, dB, dC, dD, dbias = (x.sum(0) for x in (dA, dB, dC, dD, dbias))
+    return [du, ddelta, dA, dB, dC, dD, dz, dbias, dh]
+
+
+def conv_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """SiLU of the convolution of `x` in the dtype of `weight (taps, D)`; see `causal_conv.py`."""
+    y = torch.empty(x.shape, dtype=weight.dtype)
+    if x.numel():
+        flat, strides = _rows(x, weight.dtype)
+        inputs = (flat, *_arrays(weight.dtype, weight, bias))
+        total = torch.empty(_kernels.WIDTH, dtype=weight.dtype)
+        calls = [
+            (inputs, y.numpy(), total.clone().numpy(), strides, rows, columns)
+            for _, rows, _, columns in _shares(x.shape[0], x.shape[2])
+        ]
+        _run(_kernel("conv_forward", weight.dtype), calls)
+    return y
+
+
+def conv_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, weight and bias, in the dtype of the weight."""
+    shares = _shares(x.shape[0], x.shape[2])
+    dx = torch.zeros(x.shape, dtype=weight.dtype)
+    dweight, dbias = (weight.new_zeros(1 + shares[-1][0], *v.shape) for v in (weight, bias))
+    if x.numel():
+        flat, strides = _rows(x, weight.dtype)
+        inputs = (*_arrays(weight.dtype, dy), flat, *_arrays(weight.dtype, weight, bias))
+        total = torch.empty(_kernels.WIDTH, dtype=weight.dtype)
+        calls = [
+            (inputs, (dx.numpy(), dweight[r].numpy(), dbias[r].numpy()), total.clone().numpy(), strides, rows, columns)
+            for r, rows, _, columns in shares
+        ]
+        _run(_kernel("conv_backward", weight.dtype), calls)
+    return dx, dweight.sum(0), dbias.sum(0)

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import torch
 
-from . import fused
 from ._common import check_arguments, state_dtype, zero_where_masked
 
 CHUNK_SIZE = 16
@@ -32,7 +31,7 @@ def selective_scan_reference(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as `selective_scan`, as a plain loop that autograd differentiates; `chunk_size` has no meaning here."""
-    _check(u, delta, A, B, C, h0, mask, chunk_size)
+    check_scan(u, delta, A, B, C, h0, mask, chunk_size)
     dtype = state_dtype(u)
     h = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if h0 is None else h0.to(dtype)
     outputs = []
@@ -77,7 +76,7 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit each other, a mask that is not boolean, a chunk size below 1.
     """
-    _check(u, delta, A, B, C, h0, mask, chunk_size)
+    check_scan(u, delta, A, B, C, h0, mask, chunk_size)
     dtype = state_dtype(u)
     u, delta, B = zero_where_masked(mask, u, delta, B)
     if u.shape[1] == 1:  # a step of generation
@@ -88,7 +87,8 @@ def selective_scan(
     return y, h_last.transpose(1, 2)
 
 
-def _check(u, delta, A, B, C, h0, mask, chunk_size) -> None:
+def check_scan(u, delta, A, B, C, h0, mask=None, chunk_size=CHUNK_SIZE) -> None:
+    """Raise ValueError for what does not fit."""
     if u.dim() != 3 or A.dim() != 2:
         raise ValueError(f"expected u (batch, L, D) and A (D, n); found {tuple(u.shape)} and {tuple(A.shape)}")
     batch, length, channels = u.shape
@@ -168,9 +168,6 @@ def _scan(
     """Returns y, the last state (batch, n, D), and the states at the start of each chunk for the backward."""
     y, h_last, borders = _scan_fake(u, delta, A, B, C, h0, chunk_size)
     batch, length, channels = u.shape
-    if fused.usable(u.device):
-        fused.forward(u, delta, A, B, C, h0, borders, h_last, y, chunk_size)
-        return y, h_last, borders
     with torch.autocast(u.device.type, enabled=False):
         for rows, columns in _blocks(batch, A.shape[0], channels, u.device):
             block = _Block(u, delta, A, B, C, rows, columns, chunk_size)
@@ -209,9 +206,6 @@ def _scan_backward(
     """Gradients of u, delta, A, B, C and h0, by the adjoint recurrence g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}."""
     gradients = _scan_backward_fake(dy, dh_last, u, delta, A, B, C, borders, chunk_size)
     du, ddelta, dA, dB, dC, dh0 = gradients
-    if fused.usable(u.device):
-        wide = fused.backward(dy, dh_last, u, delta, A, B, C, borders, chunk_size)
-        return tuple(full.to(x.dtype) for full, x in zip(wide, gradients, strict=True))
     batch, length, channels = u.shape
     dA.zero_()
     # Sums over the blocks of channels, so in the dtype of the state until they are complete.

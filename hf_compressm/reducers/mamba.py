@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from ..models.causal_conv import convolve_and_act
 from ..models.mamba.modeling_reducible_mamba import ReducibleMambaMixer
 from ..mor import (
     Balancing,
@@ -21,7 +22,6 @@ from ..mor import (
     reduce_selective,
     state_gramian,
 )
-from ..ops import causal_conv
 from ..surgery import GradientMap, resize_parameter_
 from .base import Reduction, StateReducer, register_reducer
 from .observing import ObservingReducer, linear, with_context
@@ -42,7 +42,7 @@ def mamba_signals(
     dtype = torch.promote_types(mixer.A_log.dtype, torch.float32)
     real = 1.0 if mask is None else mask[..., None]
     u, gate = linear(mixer.in_proj, hidden.to(dtype) * real).chunk(2, dim=-1)
-    u = mixer.act(causal_conv(u, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)) * real
+    u = convolve_and_act(mixer, u) * real
     u, gate, mask = u[:, context:], gate[:, context:], None if mask is None else mask[:, context:]
     n = mixer.ssm_state_size
     step, B, C = linear(mixer.x_proj, u).split([mixer.time_step_rank, n, n], dim=-1)

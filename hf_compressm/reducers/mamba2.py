@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import Mamba2Config, PreTrainedConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from ..models.causal_conv import convolve_and_act
 from ..models.mamba2.modeling_reducible_mamba2 import ReducibleMamba2Mixer
 from ..mor import (
     Balancing,
@@ -25,7 +26,7 @@ from ..mor import (
     select_states,
     ssd_token_moments,
 )
-from ..ops import causal_conv, ssd_scan
+from ..ops import ssd_scan
 from ..surgery import GradientMap, resize_parameter_
 from .base import Reduction, StateReducer, register_reducer
 from .observing import ObservingReducer, add_sums, linear, with_context
@@ -93,7 +94,7 @@ def mamba2_layer(
     inner, groups = mixer.intermediate_size, mixer.n_groups
     projected = linear(mixer.in_proj, hidden.to(dtype) * real)
     gate, xBC, dt = projected.split([inner, mixer.conv_dim, mixer.num_heads], dim=-1)
-    xBC = mixer.act(causal_conv(xBC, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)) * real
+    xBC = convolve_and_act(mixer, xBC) * real
     gate, xBC, dt = (part[:, context:] for part in (gate, xBC, dt))
     mask = None if mask is None else mask[:, context:]
     channels = (mixer.conv_dim - inner) // 2

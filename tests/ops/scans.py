@@ -63,3 +63,24 @@ def largest_allocation(run):
     with torch.profiler.profile(profile_memory=True) as profiler:
         run()
     return max(event.self_cpu_memory_usage for event in profiler.events()) // 4
+
+
+def gated_inputs(batch, length, channels, n, smallest=-4.0, largest=2.0):
+    """u, delta, A, B, C, D, z, delta_bias, h0 in float64; step sizes from softplus(smallest) to softplus(largest)."""
+    wide, vectors, per_channel = (batch, length, channels), (batch, length, n), (channels,)
+    delta = smallest + (largest - smallest) * torch.rand(wide, dtype=torch.float64)
+    tensors = [torch.randn(wide, dtype=torch.float64), delta - 0.5]
+    tensors += [-4 * torch.rand(channels, n, dtype=torch.float64)]
+    shapes = [vectors, vectors, per_channel, wide]
+    tensors += [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tensors += [torch.full(per_channel, 0.5, dtype=torch.float64)]
+    tensors += [torch.randn(batch, channels, n, dtype=torch.float64)]
+    return [x.requires_grad_() for x in tensors]
+
+
+def gated_outputs_and_gradients(scan, inputs):
+    outputs = scan(*inputs)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outputs]
+    loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
+    return [*outputs, *torch.autograd.grad(loss, inputs)]

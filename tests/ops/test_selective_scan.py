@@ -16,7 +16,7 @@ from ops.scans import (
 from transformers import MambaConfig
 from transformers.models.mamba import modeling_mamba
 
-from hf_compressm.ops import fused, selective_scan, selective_scan_reference
+from hf_compressm.ops import selective_scan, selective_scan_reference
 
 SHAPES = [  # batch, L, D, n, chunk_size
     (2, 70, 5, 3, 32),
@@ -26,17 +26,6 @@ SHAPES = [  # batch, L, D, n, chunk_size
     (1, 17, 6, 4, 1),
     (4, 50, 3, 1, 64),
 ]
-
-
-@pytest.fixture(autouse=True, params=["torch", "numba"])
-def loops(request):
-    """Every test runs with the passes in PyTorch and with the compiled loops."""
-    if request.param == "torch":
-        with fused.disabled():
-            yield
-    else:
-        assert fused.usable(torch.device("cpu"))
-        yield
 
 
 def make_inputs(batch, length, channels, n, smallest=1e-2, largest=2.0):

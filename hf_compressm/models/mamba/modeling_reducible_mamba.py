@@ -20,7 +20,7 @@ from transformers.models.mamba.modeling_mamba import (
     mamba_inner_fn,
 )
 
-from ...ops import selective_scan
+from ...ops import gated_scan
 from ...surgery.parameters import resize_parameter_
 from ..causal_conv import causal_convolution
 from ..generation import ChunkedPrefillMixin, padding_mask, refuse_cache_while_checkpointing
@@ -59,10 +59,9 @@ def scan(
     Returns:
         y (batch, channels, L) and the last state (batch, channels, n).
     """
-    delta = F.softplus(delta.to(A.dtype) + delta_bias[:, None])
-    y, state = selective_scan(*(t.transpose(1, 2) for t in (u, delta)), A, B.transpose(1, 2), C.transpose(1, 2), h0=h0)
-    y = (y.transpose(1, 2) + u * D[:, None]) * F.silu(z)
-    return y, state
+    u, delta, B, C, z = (x.transpose(1, 2) for x in (u, delta, B, C, z))
+    y, state = gated_scan(u, delta, A, B, C, D, z, delta_bias, h0)
+    return y.transpose(1, 2), state
 
 
 # transformers gives the kernel of mamba-ssm or of the Hub where there is one, and `scan` otherwise.
@@ -73,7 +72,7 @@ scan_kernel = use_kernel_func_from_hub_with_fallback("selective_scan_fn", "mamba
 class ReducibleMambaMixer(NoWeightDecayMixin, MambaMixer):
     """A stock Mamba mixer whose state size is that of its layer, and can change in place.
 
-    On the CPU, and where transformers finds no kernel, the scan is `hf_compressm.ops.selective_scan`. Other than the
+    On the CPU, and where transformers finds no kernel, the scan is `hf_compressm.ops.gated_scan`. Other than the
     stock mixer it goes on from a cache with any number of tokens, and padding at any place changes no state.
     """
 
