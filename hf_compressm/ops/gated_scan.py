@@ -31,6 +31,7 @@ def gated_scan_reference(
     h0: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as `gated_scan`, around the plain loop that autograd differentiates."""
+    _check(u, delta, A, B, C, D, z, delta_bias, h0)
     return _around(selective_scan_reference, u, delta, A, B, C, D, z, delta_bias, h0)
 
 
@@ -63,10 +64,12 @@ def gated_scan(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    if u.dim() != 3 or u.shape[1] <= 1 or not fused.usable(u.device):
-        return _around(selective_scan, u, delta, A, B, C, D, z, delta_bias, h0)
     _check(u, delta, A, B, C, D, z, delta_bias, h0)
     dtype = state_dtype(u)
+    if u.shape[1] == 1 and h0 is not None:
+        return _step(u, delta, A, B, C, D, z, delta_bias, h0)
+    if u.shape[1] <= 1 or not fused.usable(u.device):
+        return _around(selective_scan, u, delta, A, B, C, D, z, delta_bias, h0)
     h0 = None if h0 is None else h0.to(dtype).transpose(1, 2)
     out, h_last, _, _ = _scan(u, delta, A.to(dtype).t(), B, C, D.to(dtype), z, delta_bias.to(dtype), h0)
     return out, h_last.transpose(1, 2)
@@ -80,10 +83,20 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
 
 
 def _around(scan: Callable, u, delta, A, B, C, D, z, delta_bias, h0) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(u, delta, A, B, C, D, z, delta_bias, h0)
     dtype = state_dtype(u)
     y, h_last = scan(u, F.softplus(delta.to(dtype) + delta_bias), A, B, C, h0=h0)
     return ((y + u * D) * F.silu(z)).to(u.dtype), h_last
+
+
+def _step(u, delta, A, B, C, D, z, delta_bias, h0) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of generation, in as few operations as there are."""
+    dtype = state_dtype(u)
+    u, delta, B, C, z = (x[:, 0] for x in (u, delta, B, C, z))
+    x, step = u.to(dtype), F.softplus(delta.to(dtype) + delta_bias)
+    driven = (step * x)[..., None] * B[:, None].to(dtype)
+    h = torch.exp(step[..., None] * A) * h0 + driven
+    y = torch.addcmul((h @ C[..., None].to(dtype))[..., 0], x, D.to(dtype))
+    return (y * F.silu(z)).to(u.dtype)[:, None], h
 
 
 @torch.library.custom_op("hf_compressm::gated_scan", mutates_args=())
