@@ -14,6 +14,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLI
 
 # Hugging Face's libraries read these when they are imported, which the test modules do after this file.
 os.environ.update(OFFLINE)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # as does Triton: then its kernels run on the CPU, in numpy
 torch.set_num_threads(1)
 
 

@@ -13,8 +13,10 @@ import torch
 
 from ._common import check_arguments, state_dtype
 from .lru_convolution import convolution_is_faster, convolve
+from .lru_recurrence import recurrence_on
 
-CHUNK_SIZE = 32
+CHUNK_SIZE = 32  # whose states fit a CPU's cache
+GPU_CHUNK_SIZE = 512  # which keeps large products and kernels busy
 
 
 def lru_scan_reference(
@@ -58,7 +60,7 @@ def lru_scan(
     C_im: torch.Tensor,
     h0: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
     final_state: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`h_t = lam h_{t-1} + B u_t`, `y_t = Re(C h_t)`, with memory for the states of one chunk only.
@@ -77,7 +79,7 @@ def lru_scan(
         h0: (batch, N, 2), the state before the first step; None is zero.
         mask: (batch, L), bool. Where it is False the state stays as it is and the input is ignored, so that padding
             at any place changes neither later outputs nor the final state.
-        chunk_size: time steps whose states are held at once.
+        chunk_size: time steps whose states are held at once; None is 512 on CUDA and 32 elsewhere.
         final_state: whether the state after the last step is wanted.
 
     Returns:
@@ -87,6 +89,8 @@ def lru_scan(
     Raises:
         ValueError: shapes that do not fit each other, a mask that is not boolean, a chunk size below 1.
     """
+    if chunk_size is None:
+        chunk_size = GPU_CHUNK_SIZE if u.is_cuda else CHUNK_SIZE
     _check_shapes(u, lam_re, lam_im, B_re, B_im, C_re, C_im, h0, mask, chunk_size)
     dtype = state_dtype(u)
     lam = torch.stack([lam_re.to(dtype), lam_im.to(dtype)], -1)
@@ -126,45 +130,53 @@ def _rows(x: torch.Tensor, start: int, stop: int, dtype: torch.dtype) -> torch.T
     return x[:, start:stop].transpose(0, 1).to(dtype=dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
 
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """A real view (steps * batch, 2 N) of `x (steps, batch, N)`, complex."""
+    return torch.view_as_real(x).flatten(2).flatten(0, 1)
+
+
 class _Chunk:
     """States of up to `size` time steps with the state before them, and the recurrence on them."""
 
-    def __init__(self, u: torch.Tensor, lam: torch.Tensor, w_in: torch.Tensor, mask: torch.Tensor | None, size: int):
+    def __init__(
+        self,
+        u: torch.Tensor,
+        lam: torch.Tensor,
+        w_in: torch.Tensor,
+        mask: torch.Tensor | None,
+        size: int,
+        backward: bool = False,
+    ):
         batch, length, _ = u.shape
-        self.u, self.w_in, self.dtype, self.mask = u, w_in, lam.dtype, mask
-        self.lam = torch.view_as_complex(lam.contiguous())
-        self.states = torch.empty(min(size, length) + 1, batch, lam.shape[0], dtype=self.lam.dtype, device=u.device)
-        self.state_rows = torch.view_as_real(self.states).flatten(2)  # (steps + 1, batch, 2N)
-        self.steps = self.states.unbind(0)
-        # Time steps at which some row is masked: only these pay for the mask.
-        self.padded = [False] * length if mask is None else mask.logical_not().any(0).tolist()
+        self.u, self.w_in, self.dtype = u, w_in, lam.dtype
+        self.mask = None if mask is None else mask.t().contiguous()
+        lam = torch.view_as_complex(lam.contiguous())
+        self.states = torch.empty(min(size, length) + 1, batch, lam.shape[0], dtype=lam.dtype, device=u.device)
+        self.adjoints = torch.empty_like(self.states[1:]) if backward else None
+        self.recurrence = recurrence_on(u.device)(lam, self.states, self.adjoints)
 
-    def inputs(self, start: int, stop: int) -> torch.Tensor:
-        """The inputs of `start:stop` as rows (steps * batch, H); masked ones are zero, whatever they hold."""
-        rows = _rows(self.u, start, stop, self.dtype)
-        if any(self.padded[start:stop]):
-            rows = rows.masked_fill(_rows(self.mask[..., None], start, stop, torch.bool).logical_not(), 0)
-        return rows
+    def live(self, start: int, stop: int) -> torch.Tensor | None:
+        """The mask of `start:stop` (steps, batch), or None where it is known to hide nothing."""
+        if self.mask is None:
+            return None
+        live = self.mask[start:stop]
+        # To look at it, the host would have to wait for a GPU.
+        return None if not live.is_cuda and live.all() else live
 
-    def run(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Advance from `steps[0]` over `start:stop`; returns the inputs and the states (steps * batch, 2N) as rows."""
-        count = stop - start
-        inputs = self.inputs(start, stop)
-        states = self.state_rows[1 : count + 1].flatten(0, 1)
+    def run(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Advance from `states[0]` over `start:stop`.
+
+        Returns the inputs (steps * batch, H), masked ones zero whatever they hold, and the states (steps * batch, 2N)
+        as rows, and the mask (steps, batch) or None.
+        """
+        live = self.live(start, stop)
+        inputs = _rows(self.u, start, stop, self.dtype)
+        if live is not None:
+            inputs = inputs.masked_fill(live.logical_not().view(-1, 1), 0)
+        states = _as_rows(self.states[1 : stop - start + 1])
         torch.mm(inputs, self.w_in.t(), out=states)
-        for k in range(count):
-            before, state = self.steps[k], self.steps[k + 1]
-            state.addcmul_(self.lam, before)
-            if self.padded[start + k]:
-                state.copy_(torch.where(self.mask[:, start + k, None], state, before))
-        return inputs, states
-
-    def carry_back(self, target: torch.Tensor, adjoint: torch.Tensor, lam_conj: torch.Tensor, step: int) -> None:
-        """Add to `target`, the adjoint of the state before `step`, what comes from the state after it."""
-        if self.padded[step]:
-            target.add_(torch.where(self.mask[:, step, None], lam_conj * adjoint, adjoint))
-        else:
-            target.addcmul_(lam_conj, adjoint)
+        self.recurrence.advance(stop - start, live)
+        return inputs, states, live
 
 
 @torch.library.custom_op("hf_compressm::lru_scan", mutates_args=())
@@ -187,7 +199,7 @@ def _scan(
         for c, start in enumerate(range(0, length, chunk_size)):
             stop = min(start + chunk_size, length)
             borders[c].copy_(state[0])
-            _, rows = chunk.run(start, stop)
+            _, rows, _ = chunk.run(start, stop)
             y[:, start:stop] = (rows @ w_out.t()).unflatten(0, (stop - start, -1)).transpose(0, 1)
             state[0].copy_(state[stop - start])
         h_last.copy_(state[0])
@@ -223,33 +235,23 @@ def _scan_backward(
         total.zero_()
     length = u.shape[1]
     with torch.autocast(u.device.type, enabled=False):
-        chunk = _Chunk(u, lam, w_in, mask, chunk_size)
+        chunk = _Chunk(u, lam, w_in, mask, chunk_size, backward=True)
         state = torch.view_as_real(chunk.states)
-        lam_conj = chunk.lam.conj().resolve_conj()
         dlam_complex = torch.view_as_complex(dlam)
-        adjoints = torch.empty_like(chunk.states)
-        adjoint_rows = torch.view_as_real(adjoints).flatten(2)
-        g = adjoints.unbind(0)
         carry = torch.view_as_complex(dh_last.contiguous()).clone()
         for c in reversed(range(borders.shape[0])):
             start = c * chunk_size
             stop = min(start + chunk_size, length)
             count = stop - start
             state[0].copy_(borders[c])
-            inputs, rows = chunk.run(start, stop)
+            inputs, rows, live = chunk.run(start, stop)
             dy_rows = _rows(dy, start, stop, lam.dtype)
             dw_out.addmm_(dy_rows.t(), rows)
-            g_rows = adjoint_rows[:count].flatten(0, 1)
+            g_rows = _as_rows(chunk.adjoints[:count])
             torch.mm(dy_rows, w_out, out=g_rows)
-            g[count - 1].add_(carry)
-            for k in reversed(range(count - 1)):
-                chunk.carry_back(g[k], g[k + 1], lam_conj, start + k + 1)
-            chunk.carry_back(carry.zero_(), g[0], lam_conj, start)
-            if any(chunk.padded[start:stop]):  # a frozen step gives no gradient to its input or to lam
-                adjoints[:count].masked_fill_(mask[:, start:stop, None].transpose(0, 1).logical_not(), 0)
+            dlam_complex.add_(chunk.recurrence.retreat(count, carry, live))
             dw_in.addmm_(g_rows.t(), inputs)
             du[:, start:stop] = (g_rows @ w_in).unflatten(0, (count, -1)).transpose(0, 1)
-            dlam_complex.add_((chunk.states[:count].conj() * adjoints[:count]).sum((0, 1)))
         dh0.copy_(torch.view_as_real(carry))
     return du, dlam, dw_in, dw_out, dh0
 

@@ -1,4 +1,4 @@
-"""What the tests of the selective scans share."""
+"""What the tests of the scans share."""
 
 import torch
 
@@ -11,7 +11,9 @@ def make_mask(kind, batch, length):
     steps = torch.arange(length)[None]
     return {
         "none": None,
+        "all real": mask,
         "left": steps >= offsets,
+        "right": steps < length - offsets,
         "middle": (steps < length // 3) | (steps >= length // 3 + offsets),
         "random": torch.rand(batch, length) > 0.4,
         "empty row": mask.index_fill(0, torch.tensor([batch - 1]), False),
@@ -19,11 +21,21 @@ def make_mask(kind, batch, length):
     }[kind]
 
 
+def make_lru_inputs(batch, length, n, width, p, dtype=torch.float64, radius=None):
+    """Arguments of `lru_scan` up to the initial state."""
+    radius = torch.rand(n, dtype=dtype) ** 0.1 if radius is None else torch.full((n,), radius, dtype=dtype)
+    lam = torch.polar(radius, torch.rand(n, dtype=dtype) * 6.28)
+    shapes = [(n, width), (n, width), (p, n), (p, n), (batch, n, 2)]
+    tensors = [torch.randn(batch, length, width, dtype=dtype), lam.real.clone(), lam.imag.clone()]
+    tensors += [torch.randn(shape, dtype=dtype) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
 def outputs_and_gradients(scan, inputs, mask=None, **options):
     y, h_last = scan(*inputs, mask=mask, **options)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (y, h_last)]
-    loss = sum((x * weight).sum() for x, weight in zip((y, h_last), weights, strict=True))
+    loss = sum((x * weight.to(x.device)).sum() for x, weight in zip((y, h_last), weights, strict=True))
     return [y, h_last, *torch.autograd.grad(loss, inputs)]
 
 

@@ -2,6 +2,8 @@ import sys
 
 import pytest
 import torch
+from ops.scans import make_lru_inputs as make_inputs
+from ops.scans import make_mask, outputs_and_gradients
 
 from hf_compressm.ops import lru_scan, lru_scan_reference
 
@@ -15,31 +17,6 @@ SHAPES = [  # batch, L, N, H, P, chunk_size
     (4, 50, 3, 1, 2, 64),
 ]
 MASKS = ["none", "all real", "left", "right", "middle", "random", "empty row", "nothing"]
-
-
-def make_inputs(batch, length, n, width, p, dtype=torch.float64, radius=None):
-    radius = torch.rand(n, dtype=dtype) ** 0.1 if radius is None else torch.full((n,), radius, dtype=dtype)
-    lam = torch.polar(radius, torch.rand(n, dtype=dtype) * 6.28)
-    shapes = [(n, width), (n, width), (p, n), (p, n), (batch, n, 2)]
-    tensors = [torch.randn(batch, length, width, dtype=dtype), lam.real.clone(), lam.imag.clone()]
-    tensors += [torch.randn(shape, dtype=dtype) for shape in shapes]
-    return [tensor.requires_grad_() for tensor in tensors]
-
-
-def make_mask(kind, batch, length):
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    offsets = (torch.arange(batch)[:, None] + 1) * length // (batch + 2)
-    steps = torch.arange(length)[None]
-    return {
-        "none": None,
-        "all real": mask,
-        "left": steps >= offsets,
-        "right": steps < length - offsets,
-        "middle": (steps < length // 3) | (steps >= length // 3 + offsets),
-        "random": torch.rand(batch, length) > 0.4,
-        "empty row": mask.index_fill(0, torch.tensor([batch - 1]), False),
-        "nothing": ~mask,
-    }[kind]
 
 
 @pytest.fixture
@@ -58,14 +35,6 @@ def convolution_and_gradients(scan, inputs, mask=None):
     assert state is None
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return [y, *torch.autograd.grad((y * weight).sum(), inputs)]
-
-
-def outputs_and_gradients(scan, inputs, mask, **options):
-    y, h_last = scan(*inputs, mask=mask, **options)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (y, h_last)]
-    loss = sum((x * weight).sum() for x, weight in zip((y, h_last), weights, strict=True))
-    return [y, h_last, *torch.autograd.grad(loss, inputs)]
 
 
 def assert_same(actual, expected, rtol):
