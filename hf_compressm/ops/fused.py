@@ -92,6 +92,11 @@ def _arrays(dtype: torch.dtype, *tensors: torch.Tensor) -> tuple:
     return tuple(x.detach().to(dtype).contiguous().numpy() for x in tensors)
 
 
+def _copies(dtype: torch.dtype, *parameters: torch.Tensor) -> tuple:
+    """Small, and not to be held: FSDP2 frees the memory of parameters, which torch refuses while numpy knows it."""
+    return tuple(x.detach().to(dtype, copy=True).contiguous().numpy() for x in parameters)
+
+
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> tuple:
     """All that `x (batch, L, D)` spans, as one row of numbers, and its strides; without a copy if D is contiguous."""
     x = x.detach().to(dtype)
@@ -114,8 +119,9 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h, out, y, borders) -> Non
     if not u.numel():
         return
     z, strides = _rows(z, A.dtype)
-    inputs = _arrays(A.dtype, u, delta, A * math.log2(math.e), B, C, D)
-    inputs = (*inputs, z, *_arrays(A.dtype, delta_bias))
+    inputs = _arrays(A.dtype, u, delta, A * math.log2(math.e), B, C)
+    D, delta_bias = _copies(A.dtype, D, delta_bias)
+    inputs = (*inputs, D, z, delta_bias)
     outputs = tuple(x.numpy() for x in (h, out, y, borders))
     calls = [
         (inputs, outputs, _scratch(A.dtype, A.shape[0], 2), strides, rows, columns)
@@ -134,8 +140,9 @@ def scan_backward(dout, dh_last, u, delta, A, B, C, D, z, delta_bias, y, borders
     dB, dC = (A.new_zeros(1 + shares[-1][2], *x.shape) for x in (B, C))
     if u.numel():
         z, strides = _rows(z, A.dtype)
-        inputs = _arrays(A.dtype, dout, u, delta, A * math.log2(math.e), B, C, D)
-        inputs = (*inputs, z, *_arrays(A.dtype, delta_bias, y, borders))
+        inputs = _arrays(A.dtype, dout, u, delta, A * math.log2(math.e), B, C)
+        D, delta_bias = _copies(A.dtype, D, delta_bias)
+        inputs = (*inputs, D, z, delta_bias, y.numpy(), borders.numpy())
         ln2 = A.new_tensor(math.log(2)).numpy()[()]
         calls = []
         for r, rows, c, columns in shares:
@@ -151,7 +158,7 @@ def conv_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     y = torch.empty(x.shape, dtype=weight.dtype)
     if x.numel():
         flat, strides = _rows(x, weight.dtype)
-        inputs = (flat, *_arrays(weight.dtype, weight, bias))
+        inputs = (flat, *_copies(weight.dtype, weight, bias))
         total = torch.empty(_kernels.WIDTH, dtype=weight.dtype)
         calls = [
             (inputs, y.numpy(), total.clone().numpy(), strides, rows, columns)
@@ -170,7 +177,7 @@ def conv_backward(
     dweight, dbias = (weight.new_zeros(1 + shares[-1][0], *v.shape) for v in (weight, bias))
     if x.numel():
         flat, strides = _rows(x, weight.dtype)
-        inputs = (*_arrays(weight.dtype, dy), flat, *_arrays(weight.dtype, weight, bias))
+        inputs = (*_arrays(weight.dtype, dy), flat, *_copies(weight.dtype, weight, bias))
         total = torch.empty(_kernels.WIDTH, dtype=weight.dtype)
         calls = [
             (inputs, (dx.numpy(), dweight[r].numpy(), dbias[r].numpy()), total.clone().numpy(), strides, rows, columns)

@@ -1,11 +1,9 @@
 """Data parallel: two ranks equal one process, across reductions."""
 
-import subprocess
-import sys
-
 import ddp_runs
 import pytest
 import torch
+from runs import on_two_processes
 from tiny import Windows
 
 from hf_compressm.reducers import allow_other_sizes
@@ -18,9 +16,7 @@ ROUNDED = {"bf16", "adamw"}  # where rounding errors are large, or divided by sm
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, repo_env):
     """What both ranks hold after each run; one launch for all of them."""
-    output = tmp_path_factory.mktemp("two_ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    subprocess.run([*torchrun, ddp_runs.__file__, str(output)], check=True, env=repo_env, timeout=400)
+    output = on_two_processes(ddp_runs.__file__, tmp_path_factory.mktemp("two_ranks"), repo_env)
     return lambda name: [torch.load(output / f"{name}-{rank}.pt") for rank in (0, 1)]
 
 

@@ -1,12 +1,10 @@
 """FSDP2 on two CPU processes: sharded equals whole, across reductions."""
 
-import subprocess
-import sys
-
 import ddp_runs
 import fsdp_runs
 import pytest
 import torch
+from runs import on_two_processes
 from safetensors.torch import load_file
 from tiny import batch
 
@@ -17,9 +15,7 @@ from hf_compressm.training import reduce_checkpoint
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, repo_env):
     """What the runs left, and where."""
-    directory = tmp_path_factory.mktemp("fsdp")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    subprocess.run([*torchrun, fsdp_runs.__file__, str(directory)], check=True, env=repo_env, timeout=400)
+    directory = on_two_processes(fsdp_runs.__file__, tmp_path_factory.mktemp("fsdp"), repo_env)
     return torch.load(directory / "found.pt"), directory
 
 
