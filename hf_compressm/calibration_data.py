@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from datasets.exceptions import DatasetGenerationError
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 _PIECE = 8192  # characters of a text file that are tokenised at once
 _INPUTS = ("input_ids", "input_values")
 _LABELS = ("labels", "label")
+_IGNORED = -100  # a label that does not count
 
 
 @dataclass
@@ -82,20 +85,86 @@ def calibration_batches(
     return batches[:count], batches[count:]
 
 
+def check_fit(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], name: str) -> None:
+    """Refuse data that a model cannot read, before anything is done with them.
+
+    Args:
+        model: that is to read them.
+        batches: as `calibration_batches` makes them.
+        name: of the data, for people.
+
+    Raises:
+        ValueError: tokens for a model of numbers or the other way round, or tokens, labels or classes that the model
+            does not have.
+    """
+    embeddings = model.get_input_embeddings()
+    tokens = isinstance(embeddings, nn.Embedding)
+    expected = "input_ids" if tokens else "input_values"
+    if expected not in batches[0]:
+        raise ValueError(f"expected {expected} for this model in {name}; found {next(iter(batches[0]))}.")
+    if tokens:
+        remedy = "Save the tokenizer that the model was trained with beside it, or give the token ids of that one."
+        _check_range(batches, "input_ids", embeddings.num_embeddings, name, remedy)
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        _check_classes(batches, model.config.num_labels, name)
+    elif tokens:
+        _check_range(batches, "labels", embeddings.num_embeddings, name, f"{_IGNORED} is for tokens without a label.")
+
+
+def _check_classes(batches: list[dict[str, torch.Tensor]], count: int, name: str) -> None:
+    labels = batches[0].get("labels")
+    if labels is None:
+        return
+    if labels.dim() > 1:  # the tokens themselves
+        raise ValueError(
+            f"expected a label for each sequence of {name}; found none. Give a table with a column label."
+        )
+    if count > 1 and not labels.is_floating_point():
+        _check_range(batches, "labels", count, name, "Number the classes as in the training of the model.")
+
+
+def _check_range(batches: list[dict[str, torch.Tensor]], key: str, count: int, name: str, remedy: str) -> None:
+    values = torch.cat([batch[key].flatten() for batch in batches])
+    wrong = values[((values < 0) | (values >= count)) & ~((values == _IGNORED) & (key == "labels"))]
+    if len(wrong):
+        raise ValueError(f"expected {key} below {count}, as the model has them, in {name}; found {wrong[0]}. {remedy}")
+
+
 def _read(arguments: DataArguments) -> Dataset:
     """The rows of the data; those of a text file are pieces of it."""
     path, suffix = Path(arguments.data), Path(arguments.data).suffix
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is empty.")
     if path.is_file() and suffix == ".txt":
-        text = path.read_text(encoding="utf-8")
-        pieces = [text[first : first + _PIECE] for first in range(0, len(text), _PIECE)]
-        return Dataset.from_dict({arguments.text_column: pieces})
+        return Dataset.from_dict({arguments.text_column: _pieces(path)})
     if path.is_file() and suffix in _READERS:
-        return load_dataset(_READERS[suffix], data_files=str(path), split="train")
+        return _load(f"{path} as {suffix}", _READERS[suffix], data_files=str(path), split="train")
     if path.is_file():
         raise ValueError(f"expected a file .txt, {', '.join(_READERS)}; found {suffix or 'no suffix'} in {path}.")
+    if path.is_dir():  # resolved, because "text" alone is a reader of the library
+        return _load(f"the files in {path}", str(path.resolve()), arguments.dataset_config, split=arguments.split)
     if suffix in {".txt", *_READERS} or path.is_absolute():
         raise ValueError(f"there is no file {path}.")
-    return load_dataset(arguments.data, arguments.dataset_config, split=arguments.split)
+    what = f"{path}, which is no file, from the Hub"
+    return _load(what, arguments.data, arguments.dataset_config, split=arguments.split)
+
+
+def _pieces(path: Path) -> list[str]:
+    """The text of a file in pieces."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected a text in UTF-8 in {path}; found {error}. Convert it, or give a table.") from error
+    return [text[first : first + _PIECE] for first in range(0, len(text), _PIECE)]
+
+
+def _load(what: str, *args, **options) -> Dataset:
+    try:
+        return load_dataset(*args, **options)
+    except Exception as error:  # each reader has errors of its own
+        cause = (isinstance(error, DatasetGenerationError) and error.__cause__) or error
+        why = str(cause).partition("\n")[0] or type(cause).__name__
+        raise ValueError(f"cannot read {what}: {why}") from error
 
 
 def _tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
@@ -115,7 +184,10 @@ def _tokenised(
     length, end = arguments.sequence_length, tokenizer.eos_token_id
     tokens: list[int] = []
     for row in rows:
-        tokens += chain(tokenizer(row[arguments.text_column])["input_ids"], [] if end is None else [end])
+        text = row[arguments.text_column]
+        if not isinstance(text, str):
+            raise ValueError(f"expected texts in {arguments.text_column!r} of {arguments.data}; found {text!r}.")
+        tokens += chain(tokenizer(text)["input_ids"], [] if end is None else [end])
         if len(tokens) >= wanted * length:
             break
     starts = range(0, min(len(tokens) - length + 1, wanted * length), length)
@@ -129,10 +201,24 @@ def _columns(rows: Dataset, name: str, length: int) -> list[dict[str, Any]]:
     found = []
     for row in rows.with_format("numpy", columns=[name, *[label] * bool(label), *["attention_mask"] * masked]):
         values, labels = np.asarray(row[name]), row[label] if label else None
-        real = np.asarray(row["attention_mask"], dtype=bool) if masked else np.ones(len(values), dtype=bool)
+        _check_numbers(values, name, "iu" if name == "input_ids" else "iuf")
+        real = np.asarray(row["attention_mask"]) if masked else np.ones(len(values))
         per_token = name == "input_ids" and np.ndim(labels) == 1
+        if len({len(values), len(real), *([len(labels)] if per_token else [])}) > 1:
+            raise ValueError(f"expected labels and attention_mask as long as {name}; found other lengths in a row.")
+        if label:
+            _check_numbers(np.atleast_1d(labels), label, "iuf")
+        real = real.astype(bool)
         found.append({name: values[real][:length], "labels": labels[real][:length] if per_token else labels})
-    return found
+    return [row for row in found if len(row[name])]
+
+
+def _check_numbers(values: np.ndarray, name: str, kinds: str) -> None:
+    if values.ndim == 0 or (len(values) and values.dtype.kind not in kinds):
+        what = "whole numbers" if "f" not in kinds else "numbers"
+        raise ValueError(
+            f"expected a sequence of {what} in each row of the column {name}; found {values.tolist()!r:.60}."
+        )
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -150,7 +236,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     if all(label is not None and np.ndim(label) == 0 for label in labels):
         batch["labels"] = torch.tensor(np.array(labels))
     elif name == "input_ids":
-        padded = np.full(mask.shape, -100)
+        padded = np.full(mask.shape, _IGNORED)
         padded[mask] = np.concatenate([row[name] if row["labels"] is None else row["labels"] for row in rows])
         batch["labels"] = torch.from_numpy(padded)
     return batch

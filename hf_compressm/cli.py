@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -28,7 +29,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from .analysis import TOLERANCES, analyze
-from .calibration_data import DataArguments, calibration_batches
+from .calibration_data import DataArguments, calibration_batches, check_fit
 from .compression import observe
 from .config import CompressionConfig
 from .hub import PLOT_NAME, Run, bundle_remote_code, to_stock, write_card
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command = shlex.join(["hf-compressm", *arguments])
     if not options.debug:
         transformers_logging.set_verbosity_error()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error before it raises it
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -300,7 +302,10 @@ def _load(name: str) -> PreTrainedModel:
     architecture = (config.architectures or [""])[0]
     classification = architecture.endswith("ForSequenceClassification")
     auto_class = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
-    return auto_class.from_pretrained(name)
+    try:
+        return auto_class.from_pretrained(name)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {name} are damaged: {error}.") from error
 
 
 def _config(name: str) -> PreTrainedConfig:
@@ -312,6 +317,8 @@ def _config(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, HfHubHTTPError) as error:
+        if directory.is_dir():
+            raise ValueError(f"{directory / CONFIG_NAME} cannot be read: {error}") from error
         raise ValueError(f"{name} is neither a directory nor a model on the Hub that can be read now.") from error
 
 
@@ -325,7 +332,9 @@ def _batches(checkpoint: str, data: DataArguments, config: CompressionConfig, mo
     """Batches to calibrate with and as many held out from that; None where no data is given and none is needed."""
     by_loss = config.rule[0] == "max_loss_increase"
     if data.data is not None:
-        return calibration_batches(checkpoint, data, config.calibration_batches, config.seed)
+        batches, held_out = calibration_batches(checkpoint, data, config.calibration_batches, config.seed)
+        check_fit(model, [*batches, *held_out], data.data)
+        return batches, held_out
     if by_loss or observe(model, config).needed:
         why = f"the reduction of a {model.config.model_type} model depends on its input"
         why = "--max_loss_increase measures the loss" if by_loss else why

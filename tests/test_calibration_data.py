@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import TEXT
+from tiny import TEXT, tiny_lm
 
 from byte_tokenizer import byte_tokenizer
-from hf_compressm.calibration_data import DataArguments, calibration_batches, collate
+from hf_compressm import MimoSSMConfig, MimoSSMForSequenceClassification
+from hf_compressm.calibration_data import _READERS, DataArguments, calibration_batches, check_fit, collate
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +75,84 @@ def test_padding_is_masked_and_channels_are_kept():
         ("text.md", {}, "expected a file .txt, .parquet"),
         ("table.parquet", {}, "name another with --text_column"),
         ("text.txt", {"sequence_length": 4096}, "less than one batch of 4"),
+        ("empty.txt", {}, "empty.txt is empty"),
+        ("empty.jsonl", {}, "empty.jsonl is empty"),
+        ("binary.txt", {}, "expected a text in UTF-8 in binary.txt"),
+        *((f"binary{suffix}", {}, f"cannot read binary{suffix} as {suffix}: ") for suffix in _READERS),
+        ("folder", {}, "cannot read the files in folder: .* any data files"),
+        ("no-such/dataset", {}, "cannot read no-such/dataset, which is no file, from the Hub: "),
     ],
 )
 def test_errors_say_what_to_do(checkpoint, tmp_path, monkeypatch, data, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.md").write_text("words")
     (tmp_path / "text.txt").write_text("words")
+    (tmp_path / "folder").mkdir()
+    for suffix in (".txt", *_READERS):
+        (tmp_path / f"empty{suffix}").touch()
+        (tmp_path / f"binary{suffix}").write_bytes(bytes(range(256)) * 50)
     Dataset.from_dict({"other": ["words"]}).to_parquet("table.parquet")
     with pytest.raises(ValueError, match=message):
         load(checkpoint, data, **options)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [3] * 8}, "expected texts in 'text' of .*; found 3"),
+        ({"input_ids": [7] * 8}, "expected a sequence of whole numbers in each row of the column input_ids; found 7"),
+        ({"input_ids": [[1.5, 2.0]] * 8}, "expected a sequence of whole numbers"),
+        ({"input_values": [["a", "b"]] * 8}, "expected a sequence of numbers in each row of the column input_values"),
+        ({"input_ids": [[]] * 8}, "gives 0 sequences"),
+        ({"input_ids": [[1, 2, 3]] * 8, "labels": [[1, 2]] * 8}, "expected labels and attention_mask as long as"),
+        ({"input_ids": [[1, 2, 3]] * 8, "attention_mask": [[1]] * 8}, "expected labels and attention_mask as long as"),
+        ({"input_values": [[0.5]] * 8, "label": ["a"] * 8}, "expected a sequence of numbers .* column label"),
+    ],
+)
+def test_columns_of_another_kind_are_refused(checkpoint, tmp_path, columns, message):
+    Dataset.from_dict(columns).to_parquet(tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint, tmp_path / "table.parquet")
+
+
+def test_empty_rows_among_others_are_left_out(checkpoint, tmp_path):
+    Dataset.from_dict({"input_ids": [[], [1, 2]] * 4}).to_parquet(tmp_path / "table.parquet")
+    (batch,), _ = load(checkpoint, tmp_path / "table.parquet")
+    assert batch["input_ids"].tolist() == [[1, 2]] * 4
+
+
+LM = tiny_lm()
+NUMBERS, CLASSES = (
+    MimoSSMForSequenceClassification(MimoSSMConfig(**options, hidden_size=8, num_hidden_layers=1, num_labels=3))
+    for options in ({"input_size": 1}, {"vocab_size": 9})
+)
+IDS, CHANNEL = torch.tensor([[0, 8], [1, 5]]), torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        (LM, {"input_ids": IDS + 248}, "expected input_ids below 256, .*found 256. Save the tokenizer"),
+        (LM, {"input_ids": IDS - 1}, "expected input_ids below 256, .*found -1"),
+        (LM, {"input_ids": IDS, "labels": IDS + 300}, "expected labels below 256, .*found 300"),
+        (LM, {"input_values": CHANNEL}, "expected input_ids for this model in some.txt; found input_values"),
+        (NUMBERS, {"input_ids": IDS}, "expected input_values for this model in some.txt; found input_ids"),
+        (NUMBERS, {"input_values": CHANNEL, "labels": torch.tensor([0, 3])}, "expected labels below 3, .*found 3"),
+        (CLASSES, {"input_ids": IDS + 1, "labels": IDS[0]}, "expected input_ids below 9"),
+        (CLASSES, {"input_ids": IDS, "labels": IDS}, "expected a label for each sequence of some.txt; found none"),
+    ],
+)
+def test_data_that_the_model_cannot_read_are_refused(model, batch, message):
+    with pytest.raises(ValueError, match=message):
+        check_fit(model, [batch], "some.txt")
+
+
+def test_data_that_the_model_can_read_are_not():
+    ignored = torch.tensor([[-100, 255], [0, -100]])
+    check_fit(LM, [{"input_ids": IDS + 247, "labels": ignored}], "some.txt")
+    check_fit(NUMBERS, [{"input_values": CHANNEL, "labels": torch.tensor([0, 2])}], "some.txt")
+    check_fit(NUMBERS, [{"input_values": CHANNEL}], "some.txt")
+    check_fit(CLASSES, [{"input_ids": IDS, "labels": torch.tensor([2, 0])}], "some.txt")
 
 
 def test_a_checkpoint_without_a_tokenizer_is_named(tmp_path):

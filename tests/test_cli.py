@@ -208,6 +208,22 @@ def test_export(run, tmp_path):
     assert (tmp_path / "code" / "modeling_mimo_ssm.py").exists()
 
 
+def damage(models):
+    """Models and data that are not what they should be."""
+    if (models / "few").exists():
+        return
+    model = tiny_lm()
+    model.resize_token_embeddings(99)
+    model.save_pretrained(models / "few")
+    byte_tokenizer().save_pretrained(models / "few")  # of 258 tokens
+    shutil.copytree(models / "lru", models / "half")
+    weights = (models / "half" / "model.safetensors").read_bytes()
+    (models / "half" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (models / "nonsense").mkdir()
+    (models / "nonsense" / "config.json").write_text("{nonsense")
+    (models / "noise.csv").write_bytes(bytes(range(256)) * 50)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -222,6 +238,11 @@ def test_export(run, tmp_path):
         (["analyze", "mamba"], "the reduction of a reducible_mamba model depends on its input: give data"),
         (["analyze", "lru", "--max_loss_increase", "0.1"], "--max_loss_increase measures the loss: give data"),
         (["analyze", "lru", "--data", "no.txt"], "there is no file no.txt"),
+        (["analyze", "lru", "--data", "noise.csv"], "cannot read noise.csv as .csv: "),
+        (["analyze", "few", "--data", "text.txt", *SMALL], "expected input_ids below 99, as the model has them"),
+        (["reduce", "few", "x", "--data", "text.txt", *SMALL], "expected input_ids below 99, as the model has them"),
+        (["analyze", "half"], "the weights in half are damaged: "),
+        (["reduce", "nonsense", "x"], "nonsense/config.json cannot be read: "),
         (["reduce", "lru", "lru"], "lru exists already: name a new or an empty directory"),
         (
             ["reduce", "lru", "x", "--target_state_size", "99"],
@@ -240,6 +261,7 @@ def test_export(run, tmp_path):
 def test_errors_are_one_line_and_exit_code_1(run, models, arguments, message):
     (models / "adapter").mkdir(exist_ok=True)
     (models / "adapter" / "adapter_config.json").write_text("{}")
+    damage(models)
     if "bert" in arguments and not (models / "bert").exists():
         from transformers import BertConfig, BertLMHeadModel
 
