@@ -8,6 +8,8 @@ from pathlib import Path
 from .plotting import plot_run
 
 REPORT_NAME = "compression_report.json"
+REDUCED, ROLLED_BACK_TO = "compressm/layers_reduced", "compressm/rolled_back_to"
+"""In the entries that an event, and going back to before one, leave in the log of the Trainer."""
 
 
 @dataclass
@@ -81,7 +83,7 @@ class CompressionEvent:
         errors = [layer.relative_error for layer in reduced if layer.relative_error is not None]
         return {
             "compressm/total_state_size": sum(layer.after for layer in self.layers),
-            "compressm/layers_reduced": len(reduced),
+            REDUCED: len(reduced),
             "compressm/max_energy_discarded": max((layer.energy_discarded for layer in reduced), default=0.0),
             **({"compressm/max_error_bound": max(bounds)} if bounds else {}),
             **({"compressm/max_relative_error": max(errors)} if errors else {}),
@@ -100,7 +102,7 @@ class CompressionEvent:
         where = "" if self.step is None else f"step {self.step}: "
         would = "would reduce" if self.dry_run else "reduced"
         return (
-            f"{where}{would} {summary['compressm/layers_reduced']} of {len(self.layers)} layers, states {sizes}; "
+            f"{where}{would} {summary[REDUCED]} of {len(self.layers)} layers, states {sizes}; "
             f"{', '.join(parts)}, in {self.seconds:.2f} s"
         )
 
@@ -147,7 +149,7 @@ class CompressionReport:
         """Numbers for a logger when `rollback_metric` has just undone events."""
         first, sizes = self.taken_back[0], self.state_sizes
         return {
-            "compressm/rolled_back_to": first.step,
+            ROLLED_BACK_TO: first.step,
             "compressm/metric_before": first.metric_before,
             "compressm/metric_after": first.metric_after,
             "compressm/total_state_size": sum(sizes.values()),

@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
-from ..report import REPORT_NAME, CompressionReport
+from ..report import REDUCED, REPORT_NAME, ROLLED_BACK_TO, CompressionReport
 
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_input_tokens_seen")
 
@@ -71,17 +71,20 @@ class Run:
         return any(event.in_training for event in self.changed_events)
 
     def evaluations(self, first: int = 0) -> list[tuple[int, dict[str, float]]]:
-        """Steps and metrics of the evaluations, in the order of the run.
+        """Steps and metrics of the evaluations, in the order of the run, of the model that is there now.
 
-        After a reduction outside the run, only those since then: the others are of a larger model.
+        After a reduction outside the run, only those since then: the others are of a larger model. None from between a
+        reduction and the moment it was taken back, the one that decided so included.
 
         Args:
             first: entry of `log_history` to begin with.
         """
         outside = [event.log_entries for event in self.changed_events if not event.in_training]
         first = max([first, *(len(self.log_history) if entries is None else entries for entries in outside)])
-        found = []
-        for entry in self.log_history[first:]:
+        found, undone = [], self._undone()
+        for index, entry in enumerate(self.log_history[first:], first):
+            if index in undone:
+                continue
             metrics = {
                 key.removeprefix("eval_"): value
                 for key, value in entry.items()
@@ -91,6 +94,13 @@ class Run:
                 found.append((entry.get("step", 0), metrics))
         return found
 
+    def _undone(self) -> range:
+        """Entries of the log that tell of a model that was taken back; a run goes back once at most."""
+        steps = [entry.get(ROLLED_BACK_TO) for entry in self.log_history]
+        end = next((index for index, step in enumerate(steps) if step is not None), 0)
+        reduced = (i for i, e in enumerate(self.log_history[:end]) if REDUCED in e and e["step"] == steps[end])
+        return range(next(reduced, end), end)
+
     @property
     def best(self) -> dict[str, int]:
         """Step of the model that `load_best_model_at_end` brought back and length of the log then; empty if none."""
@@ -98,9 +108,9 @@ class Run:
         return {} if best and self.evaluations(best["log_entries"]) else best
 
     def final_evaluation(self) -> tuple[int, dict[str, float]] | None:
-        """That of the model that was saved: the last one, or the last one at the best step."""
-        step = self.best.get("step")
-        return next((e for e in reversed(self.evaluations()) if step in (None, e[0])), None)
+        """That of the model that was saved: the last one, or the last one up to the best step."""
+        step = self.best.get("step", math.inf)
+        return next((e for e in reversed(self.evaluations()) if e[0] <= step), None)
 
 
 def _trainer_state(directory: Path) -> dict:

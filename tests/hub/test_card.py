@@ -6,9 +6,11 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 from huggingface_hub import EvalResult, ModelCard
 from runs import make_trainer
 from tiny import tiny_lm
+from transformers import TrainerCallback
 
 from hf_compressm import CompressionReport, CompreSSMCallback, compress
 from hf_compressm.hub import Run, build_card, write_card
@@ -192,6 +194,35 @@ def test_a_reduction_that_was_taken_back_does_not_count(run_dir):
     card = build_card(Run.load(run_dir))
     assert rows(card, "`model.layers.0.mixer`")[:2] == ["16", "8"]
     assert "The reduction after step 6 was taken back at step 8." in card.text
+
+
+class Worsens(TrainerCallback):
+    """Makes the model worse after a step, so that the reduction before it is blamed."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 14:
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(-5)
+
+
+def test_the_evaluation_that_took_a_reduction_back_is_not_of_the_model_saved(tmp_path):
+    rule = {"reduction_fraction": 0.3, "start": 5, "end": 13, "num_reductions": 2, "rollback_metric": "loss"}
+    options = {"max_steps": 15, "eval_strategy": "steps", "eval_steps": 5, "learning_rate": 1e-2}
+    trainer = make_trainer(tmp_path, None, [Worsens(), CompreSSMCallback(**rule)], **options)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert [event.rolled_back_at for event in CompressionReport.load(tmp_path).events] == [None, 15]
+    assert losses[15] > losses[10]
+    trainer.save_model()
+    trainer.save_state()
+    card = build_card(Run.load(tmp_path))
+    assert card.data.eval_results[0].metric_value == losses[10]
+    assert rows(card, "optimizer step") == ["5", "10", "10"]
+    again = trainer.evaluate()["eval_loss"]  # at the same step, of the model that came back
+    trainer.save_state()
+    card = build_card(Run.load(tmp_path))
+    assert card.data.eval_results[0].metric_value == again < losses[15]
+    assert rows(card, "optimizer step") == ["5", "10", "15"]
 
 
 def test_the_card_of_an_adapter_is_left_alone(run_dir):
