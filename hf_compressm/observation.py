@@ -70,11 +70,13 @@ class Observation:
         """What was observed so far, for a checkpoint."""
         return {f"{name}/{key}": t for name, r in self._observing.items() for key, t in r.statistics().items()}
 
-    def load_statistics(self, statistics: Mapping[str, Tensor]) -> None:
-        """Go on from what `statistics` returned."""
+    def load_statistics(self, *processes: Mapping[str, Tensor]) -> None:
+        """Go on from what `statistics` returned, on one process or on several."""
         for name, reducer in self._observing.items():
             prefix = f"{name}/"
-            reducer.load_statistics({k.removeprefix(prefix): t for k, t in statistics.items() if k.startswith(prefix)})
+            reducer.load_statistics(
+                *({k.removeprefix(prefix): t for k, t in seen.items() if k.startswith(prefix)} for seen in processes)
+            )
 
 
 def first_batches(dataloader: Iterable, count: int, device: torch.device) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ddp_runs import make_model
 from runs import make_trainer
 from transformers import TrainerCallback
 
@@ -30,14 +31,14 @@ class Worsens(TrainerCallback):
                 model.lm_head.weight.mul_(-5)
 
 
-def run(path, rule, resume=None, **options):
+def run(path, rule, resume=None, model=None, **options):
     """One run on what is `BATCH` sequences per step, on however many ranks."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     options = OPTIONS | {"per_device_train_batch_size": BATCH // ranks} | options
     if rule is JUDGED:
         options |= {"eval_strategy": "steps", "eval_steps": 5}
     callbacks = [*([Worsens()] if rule is JUDGED else []), CompreSSMCallback(**rule)]
-    trainer = make_trainer(path, callbacks=callbacks, **options)
+    trainer = make_trainer(path, model, callbacks, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -94,6 +95,7 @@ def main(output: Path) -> None:
     results["judged"], types["judged"] = sent(lambda: run(output / "judged", JUDGED))
     results["apart"], types["apart"] = sent(lambda: judged_apart(output))
     results["resumed"] = run(output / "resumed", PLAIN, resume=True)
+    results["seen"] = run(output / "seen", PLAIN, model=make_model("reducible_mamba"))
     torch.save(types, output / f"types-{rank}.pt")
     for name, trainer in results.items():
         torch.save(trainer.model.state_dict(), output / f"{name}-{rank}.pt")

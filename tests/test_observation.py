@@ -41,8 +41,8 @@ class GatedReducer(StateReducer):
     def statistics(self):
         return {"total": self.total}
 
-    def load_statistics(self, statistics):
-        self.total = statistics["total"]
+    def load_statistics(self, *processes):
+        self.total = sum(statistics["total"] for statistics in processes)
 
     def reduce_over_ranks(self, ranks):
         self.total = sum(ranks.gather(self.total))
@@ -110,6 +110,8 @@ def test_statistics_go_through_a_checkpoint():
     first.stop()
     second.load_statistics(first.statistics())
     assert torch.equal(second.statistics()["a.b/total"], x.double().T @ x.double())
+    second.load_statistics(first.statistics(), first.statistics())
+    assert torch.equal(second.statistics()["a.b/total"], 2 * x.double().T @ x.double())
 
 
 class Model(nn.Module):

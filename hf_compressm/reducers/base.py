@@ -89,8 +89,8 @@ class StateReducer(ABC):
         """Everything observed so far, for a checkpoint."""
         return {}
 
-    def load_statistics(self, statistics: dict[str, Tensor]) -> None:
-        """Go on from what `statistics` returned."""
+    def load_statistics(self, *processes: dict[str, Tensor]) -> None:
+        """Go on from what `statistics` returned, on one process or on several that this one takes the place of."""
         raise NotImplementedError(f"{type(self).__name__} observes nothing.")
 
     def reduce_over_ranks(self, ranks: Ranks) -> None:

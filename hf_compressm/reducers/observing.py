@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,8 @@ class ObservingReducer(StateReducer):
         counts = {name: torch.tensor(getattr(self, f"_{name}")) for name in _COUNTS}
         return sums | samples | counts
 
-    def load_statistics(self, statistics: dict[str, Tensor]) -> None:
+    def load_statistics(self, *processes: dict[str, Tensor]) -> None:
+        statistics = _merged(processes)
         device = next(self.module.parameters()).device
         for name in _COUNTS:
             setattr(self, f"_{name}", int(statistics[name]))
@@ -88,7 +90,7 @@ class ObservingReducer(StateReducer):
         self._samples = {int(number): t.to(device) for number, t in _below(statistics, "sample.").items()}
 
     def reduce_over_ranks(self, ranks: Ranks) -> None:
-        self.load_statistics(_merged(ranks.gather({name: t.cpu() for name, t in self.statistics().items()})))
+        self.load_statistics(*ranks.gather({name: t.cpu() for name, t in self.statistics().items()}))
 
     def _require_observation(self) -> None:
         if not self.observed:
@@ -132,7 +134,7 @@ def _below(statistics: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in statistics.items() if name.startswith(prefix)}
 
 
-def _merged(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _merged(ranks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Statistics of all ranks together; each has counted for all, as if all had seen as many sequences."""
     merged: dict[str, Tensor] = {}
     for statistics in ranks:

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..observation import Loss, Observation, mean_loss
-from .checkpoint import Replacement, calibration_file, local_processes
+from .checkpoint import Replacement, calibration_file
 
 logger = logging.getLogger(__name__)
 
-_BATCH, _LAYER = "batch/", "layer/"
+_BATCH, _LAYER, _PROCESSES = "batch/", "layer/", "processes"
 
 
 class Calibration:
@@ -75,7 +76,7 @@ class Calibration:
             model, lambda batch: float(self._trainer.compute_loss(model, dict(batch))), list(self._batches)
         )
 
-    def save(self, process: int, checkpoint: Path) -> bool:
+    def save(self, args: TrainingArguments, checkpoint: Path) -> bool:
         """Write what was seen so far beside the other files of a checkpoint, each process its own.
 
         Returns:
@@ -84,42 +85,52 @@ class Calibration:
         tensors = {f"{_LAYER}{name}": tensor for name, tensor in self.observation.statistics().items()}
         for index, batch in enumerate(self._batches):
             tensors.update({f"{_BATCH}{index}/{key}": v for key, v in batch.items() if torch.is_tensor(v)})
-        file = checkpoint / calibration_file(process)
+        file = checkpoint / calibration_file(args.process_index)
         file.unlink(missing_ok=True)  # of an earlier run in the same folder
         if not (self._started and tensors):
             return False
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, file)
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(tensors, file, {_PROCESSES: str(args.world_size)})
         return True
 
     def resume(self, args: TrainingArguments, checkpoints: list[Path]) -> None:
         """Take over what the checkpoint that the run resumes from had seen of the present window.
 
+        Where it was written by more processes than there are now, each goes on for several of them: sums add up.
+
         Args:
             args: of the Trainer.
             checkpoints: where that checkpoint may be; none for a run that begins.
         """
-        found = [c for c in checkpoints if (c / calibration_file(args.process_index)).is_file()]
-        if not found:
-            if checkpoints and (self.observation.needed or self._trainer is not None):
-                logger.warning(
-                    "No calibration sums (%s) were found in %s: the next reduction sees only batches from here on.",
-                    calibration_file(args.process_index),
-                    " or ".join(map(str, checkpoints)),
-                )
-            return
-        tensors = load_file(found[0] / calibration_file(args.process_index), device=str(args.device))
-        self.observation.load_statistics(_below(tensors, _LAYER))
-        indices = sorted({int(name.split("/")[1]) for name in tensors if name.startswith(_BATCH)})
-        for index in indices:
-            self._batches.append(_below(tensors, f"{_BATCH}{index}/"))
-        written = len(list(found[0].glob(calibration_file("*"))))
-        if written not in (args.world_size, local_processes()):
+        files = next(filter(None, map(_files, checkpoints)), {})
+        written = _processes(next(iter(files.values()))) if files else args.world_size
+        former = range(args.process_index, written, args.world_size)
+        missing = [calibration_file(process) for process in former if process not in files]
+        if missing and checkpoints and (self.observation.needed or self._trainer is not None):
             logger.warning(
-                "%d processes had calibrated when the checkpoint was written, and this run has %d: sums of processes "
-                "that are gone are left out of the next reduction.",
-                written,
-                args.world_size,
+                "No calibration sums (%s) were found in %s: the next reduction goes without what they hold.",
+                ", ".join(missing),
+                " or ".join(map(str, checkpoints)),
             )
+        seen = [load_file(files[process], str(args.device)) for process in former if process in files]
+        if seen:
+            self.observation.load_statistics(*(_below(tensors, _LAYER) for tensors in seen))
+        places = {
+            (int(name.split("/")[1]), n) for n, found in enumerate(seen) for name in found if name.startswith(_BATCH)
+        }
+        for index, process in sorted(places):  # the last of all of them are kept
+            self._batches.append(_below(seen[process], f"{_BATCH}{index}/"))
+
+
+def _files(checkpoint: Path) -> dict[int, Path]:
+    """What the processes that wrote a checkpoint have seen, by their numbers."""
+    return {int(path.stem.rpartition("_")[2]): path for path in sorted(checkpoint.glob(calibration_file("*")))}
+
+
+def _processes(file: Path) -> int:
+    """How many processes there were when a file was written; files of more are those of an earlier run."""
+    with safe_open(file, framework="pt") as opened:
+        return int(opened.metadata()[_PROCESSES])
 
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -104,7 +104,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._publishing: Publishing | None = None
         self._dry_run = DryRun()
         self._scheduled = self._stepped = self._calibrated = False
-        self._max_steps, self._output_dir = 0, ""
+        self._max_steps, self._output_dir, self._open_events = 0, "", 0
         self._trainer_ref: weakref.ref[Trainer] | None = None
 
     def state(self) -> dict:
@@ -225,9 +225,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         optimizer=None,
         **kwargs,
     ):
-        if self._rollback is None or not self._scheduled or not self._rollback.is_reported(metrics, self._trainer):
+        own = self._scheduled and self._open_events == 1
+        if self._rollback is None or not own or not self._rollback.is_reported(metrics, self._trainer):
             return
-        self._scheduled = False  # another callback may evaluate something else before the Trainer goes on
+        self._scheduled = False  # `evaluate` of a subclass may evaluate more than once: the first decides
         if not self._stepped and state.global_step > 0 and self._rollback.reference is not None:
             return  # eval_on_start of a resumed run, which the uninterrupted one does not have
         decides = self._rollback.pending is not None
@@ -404,17 +405,31 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """The evaluations of the Trainer's own schedule, which alone judge a reduction."""
 
         def scheduled(*args, **kwargs):
-            self._scheduled = True
+            self._scheduled, self._open_events = True, 0
+            counting = Replacement(self._trainer.callback_handler, "call_event", self._counting_events)
             try:
                 return evaluate(*args, **kwargs)
             finally:
+                counting.undo()
                 self._scheduled = False
 
         return scheduled
 
+    def _counting_events(self, call_event: Callable) -> Callable:
+        """How deep the events are nested: what takes place within another event is a callback's own doing."""
+
+        def counted(*args, **kwargs):
+            self._open_events += 1
+            try:
+                return call_event(*args, **kwargs)
+            finally:
+                self._open_events -= 1
+
+        return counted
+
     def _write(self, args: TrainingArguments, checkpoint: Path) -> None:
         checkpoint.mkdir(parents=True, exist_ok=True)  # the first process may not have come so far
-        self._calibrated = self._calibration.save(args.process_index, checkpoint)
+        self._calibrated = self._calibration.save(args, checkpoint)
         if args.process_index == 0:
             self._record.finish()
             self.report.save(checkpoint)

@@ -20,7 +20,9 @@ from ..surgery import reset_state, unwrap_optimizer
 FOLDER = "_compressm_snapshots"
 """In the output directory. The Trainer uploads nothing whose name begins with an underscore."""
 
-_MODEL, _OPTIMIZER = "model/", "optimizer/"
+_MODEL, _OPTIMIZER, _GROUP = "model/", "optimizer/", "group/"
+_SCHEDULED = {"params", "lr", "initial_lr", "momentum", "betas", "weight_decay"}
+"""Of an optimizer's groups: what schedules set, which go on, and the parameters, which have state of their own."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Snapshot:
     """A model and its optimizer's state at one moment, on the CPU.
 
     Attributes:
-        tensors: parameters and buffers as `model/NAME`, optimizer state as `optimizer/PARAMETER/KEY`.
-        values: optimizer state that is no tensor, by `optimizer/PARAMETER/KEY`.
+        tensors: parameters and buffers as `model/NAME`, optimizer state as `optimizer/PARAMETER/KEY`, and that which
+            the optimizer keeps in its groups as `group/NUMBER/KEY`.
+        values: optimizer state that is no tensor, by the same names.
         on_cpu: names of optimizer state that was on the CPU beside a parameter that may not be.
     """
 
@@ -49,7 +52,7 @@ class Snapshot:
             f"{_OPTIMIZER}{name}/{key}": value
             for name, param in model.named_parameters()
             for key, value in state.get(param, {}).items()
-        }
+        } | _group_entries(optimizer)
         tensors |= {name: value for name, value in entries.items() if torch.is_tensor(value)}
         return cls(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
@@ -82,6 +85,9 @@ class Snapshot:
             reset_state(optimizer, [param])
             if state:
                 optimizer.state[param] = state
+        for number, group in enumerate(optimizer.param_groups):
+            for key, value in _below(self.tensors | self.values, f"{_GROUP}{number}/").items():
+                group[key] = _restored(group.get(key), value)
 
 
 class SnapshotStore:
@@ -133,6 +139,34 @@ class SnapshotStore:
 
     def _file(self, step: int) -> Path:
         return self.folder / f"step-{step}.safetensors"
+
+
+def _group_entries(optimizer: Optimizer | None) -> dict[str, Any]:
+    """What some optimizers (Prodigy, schedule-free ones) keep beside their parameters: scalars of the whole group.
+
+    Entries that a file cannot hold, such as functions, are options, and stay as they are.
+    """
+    return {
+        f"{_GROUP}{number}/{key}": value.clone() if torch.is_tensor(value) else value  # groups share their defaults
+        for number, group in enumerate(optimizer.param_groups if optimizer is not None else [])
+        for key, value in group.items()
+        if key not in _SCHEDULED and (torch.is_tensor(value) or _is_plain(value))
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _restored(present: Any, saved: Any) -> Any:
+    """A saved entry of a group, of the type of the present one; a tensor stays the same object."""
+    if torch.is_tensor(present) and torch.is_tensor(saved) and present.shape == saved.shape:
+        return present.copy_(saved)
+    return tuple(saved) if isinstance(present, tuple) else saved
 
 
 def _below(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 import ddp_life
 import pytest
 import torch
+from ddp_runs import make_model
 from tiny import Windows, tiny_lm
 
 from hf_compressm import CompressionReport
@@ -83,6 +84,20 @@ def test_one_process_goes_on_where_two_were_waiting_for_a_decision(two_ranks, tm
     trainer = ddp_life.run(tmp_path, ddp_life.JUDGED, resume=str(checkpoint))
     assert CompressionReport.load(tmp_path).events[0].rolled_back_at == 10
     assert_close(trainer.model.state_dict(), weights(output, "judged"))
+
+
+def test_one_process_goes_on_with_what_two_had_observed(two_ranks, tmp_path, caplog):
+    """From within the window of four steps before the reduction at step 7."""
+    output, *_ = two_ranks
+    checkpoint = output / "seen" / "checkpoint-5"
+    assert (checkpoint / "compressm_calibration_1.safetensors").is_file()
+    ddp_life.run(tmp_path, ddp_life.PLAIN, str(checkpoint), make_model("reducible_mamba"))
+    assert "No calibration sums" not in caplog.text
+    one, two = (CompressionReport.load(path).events[0] for path in (tmp_path, output / "seen"))
+    assert one.changed
+    for layer, expected in zip(one.layers, two.layers, strict=True):
+        values = (torch.tensor(layer.hankel_singular_values), torch.tensor(expected.hankel_singular_values))
+        torch.testing.assert_close(*values, rtol=1e-4, atol=0)
 
 
 def test_two_ranks_go_on_where_one_process_was_killed(two_ranks, one_process):

@@ -354,6 +354,103 @@ def test_going_back_and_training_on_equals_never_having_reduced(tmp_path, name, 
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(again)), key
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Keeps scalars in its groups, as Prodigy and the schedule-free optimizers do, and evaluates averaged weights."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group |= {
+                "k": 0,
+                "d": 1.0,
+                "weight_sum": torch.zeros(()),
+                "train_mode": True,
+                "init": torch.nn.init.zeros_,
+            }
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["train_mode"]
+            weight = group["lr"] * group["d"]
+            group["k"] += 1
+            group["d"] *= 0.9
+            group["weight_sum"] += weight
+            for param in group["params"]:
+                if param.grad is not None:
+                    average = self.state[param].setdefault("average", param.clone())
+                    param.sub_(param.grad, alpha=weight)
+                    average.lerp_(param, (weight / group["weight_sum"]).item())
+
+    @torch.no_grad()
+    def _exchange(self, train_mode):
+        for group in self.param_groups:
+            if group["train_mode"] != train_mode:
+                group["train_mode"] = train_mode
+                for param in group["params"]:
+                    if "average" in self.state[param]:
+                        kept = self.state[param]["average"].clone()
+                        self.state[param]["average"].copy_(param)
+                        param.copy_(kept)
+
+    def train(self):
+        self._exchange(True)
+
+    def eval(self):
+        self._exchange(False)
+
+
+def test_scalars_of_the_optimizers_groups_go_back_and_what_is_scheduled_goes_on(tmp_path):
+    """In a run: averaged weights are evaluated, taken back at step 10 to step 7, and trained on."""
+    seen = {}
+
+    class Record(TrainerCallback):
+        def note(self, when, state, model, optimizer):
+            group = {k: v.clone() if torch.is_tensor(v) else v for k, v in optimizer.param_groups[0].items()}
+            seen[when, state.global_step] = group, [p.detach().clone() for p in model.parameters()]
+
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            optimizer.param_groups[0]["weight_decay"] = 0.1 * state.global_step  # a schedule of the user's
+            self.note("end", state, model, optimizer)
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            self.note("next", state, model, optimizer)
+
+    model = tiny_lm()
+    optimizer = ScheduleFree(model.parameters())
+    optimizers = (optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 12))
+    callbacks = [Record(), Worsens(8), CompreSSMCallback(**DEAR, start=5, end=7, moments="reset")]
+    trainer = make_trainer(tmp_path, model, callbacks, optimizers, max_steps=12, **EVALUATE)
+    trainer.train()
+    assert CompressionReport.load(tmp_path).events[0].rolled_back_at == 10
+    (before, weights), (after, again) = seen["end", 7], seen["next", 10]
+    assert [after[key] for key in ("k", "d", "train_mode")] == [7, pytest.approx(0.9**7), True]
+    assert torch.equal(after["weight_sum"], before["weight_sum"])
+    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+    assert after["lr"] == seen["end", 10][0]["lr"] < before["lr"]
+    assert after["initial_lr"] == 0.1
+    assert after["weight_decay"] == pytest.approx(1.0)
+    assert seen["end", 12][0]["k"] == 9
+    assert seen["end", 12][0]["init"] is torch.nn.init.zeros_
+
+
+def test_the_entries_of_groups_keep_their_types(tmp_path):
+    model, count = tiny_lm(), torch.tensor(3)
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()], lr=torch.tensor(1e-3), foreach=False)
+    for group in optimizer.param_groups:
+        group["count"] = count  # one object, as groups have those of the optimizer's defaults
+    optimizer.param_groups[1]["beta_powers"] = (0.5, 0.25)
+    store = SnapshotStore(tmp_path)
+    digest = store.write(1, Snapshot.take(model, optimizer))
+    expected = [dict(group) for group in optimizer.state_dict()["param_groups"]]
+    optimizer.param_groups[1]["beta_powers"] = (0.25, 0.125)
+    count += 4
+    store.read(1, digest).put_back(model, optimizer)
+    assert optimizer.state_dict()["param_groups"] == expected
+    assert count == 3
+    assert all(group["count"] is count for group in optimizer.param_groups)
+
+
 def test_what_a_killed_write_leaves_is_cleared_away_and_nothing_else(tmp_path):
     store = SnapshotStore(tmp_path)
     for step in (1, 2):
@@ -427,6 +524,39 @@ def test_evaluations_of_ones_own_judge_nothing_and_return_the_truth(tmp_path):
     (event,) = CompressionReport.load(tmp_path).events
     assert (event.metric_before, event.metric_after, event.rolled_back_at) == (losses[5], losses[10], 10)
     assert seen == [(losses[8], [1, 1]), (losses[9], [1, 1])]
+
+
+@pytest.mark.parametrize(
+    ("event", "first"), [("on_evaluate", True), ("on_evaluate", False), ("on_log", True), ("on_prediction_step", True)]
+)
+def test_evaluations_within_the_trainers_own_judge_nothing(tmp_path, event, first):
+    """Of a callback before ours in the list, or after it, on data of its own."""
+
+    class Evaluates(TrainerCallback):
+        busy = False
+
+    def evaluate(self, args, state, control, logs=None, **kwargs):
+        if not self.busy and state.global_step in (5, 10) and (logs is None or "eval_loss" in logs):
+            self.busy = True
+            found[state.global_step] = trainer.evaluate(Windows(count=4))["eval_loss"]
+            self.busy = False
+
+    found = {}
+    setattr(Evaluates, event, evaluate)
+    ours = [CompreSSMCallback(**DEAR, start=5, end=7)]
+    callbacks = [Evaluates(), *ours] if first else [*ours, Evaluates()]
+    trainer = make_trainer(tmp_path, callbacks=[Worsens(8), *callbacks], max_steps=12, **EVALUATE)
+    returned = []
+    trainer._report_to_hp_search = lambda trial, step, metrics: returned.append(metrics["eval_loss"])
+    trainer.train()
+    (event,) = CompressionReport.load(tmp_path).events
+    assert event.rolled_back_at == 10
+    losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e and e["step"] in (5, 10)]
+    assert event.metric_before not in found.values()
+    assert event.metric_after not in found.values()
+    assert {event.metric_before, event.metric_after} < set(losses)
+    assert returned[:2] == [event.metric_before] * 2  # what the Trainer goes on with
+    assert trainer.callback_handler.call_event.__self__ is trainer.callback_handler
 
 
 @pytest.mark.parametrize("restore", [False, True])
