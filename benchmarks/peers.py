@@ -22,9 +22,9 @@ from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from hf_compressm import MimoSSMConfig, fast_scans, ops, use_fast_scans
+from hf_compressm import MimoSSMConfig, MimoSSMForSequenceClassification, fast_scans, ops, use_fast_scans
 from hf_compressm.models.mimo_ssm.modeling_mimo_ssm import MimoSSMBlock
-from hf_compressm.ops import fused, lru, lru_scan, lru_scan_reference
+from hf_compressm.ops import fused, lru_scan, lru_scan_reference
 
 from .common import now, peak_memory, save_results
 
@@ -46,6 +46,12 @@ SETTINGS = {
     "mamba2 L=256 n=16 chunk=256": ("mamba2", {"L": 256, "n": 16, "chunk": 256}, [PURE, "transformers"], 5),
     "lru L=784 N=256 H=8 batch=50": (
         "lru",
+        {"L": 784, "n": 256, "H": 8, "batch": 50},
+        [PURE, "recurrence in chunks", "matrix products alone", PLAIN],
+        5,
+    ),
+    "lru training L=784 N=256 H=8 batch=50": (
+        "lru_training",
         {"L": 784, "n": 256, "H": 8, "batch": 50},
         [PURE, "recurrence in chunks", "matrix products alone", PLAIN],
         5,
@@ -204,12 +210,13 @@ def lru_step(contender: str, L: int, n: int, H: int, batch: int) -> Callable:
     elif contender == PURE:
         run = lambda u: lru_scan(u, *weights, final_state=False)[0]  # noqa: E731
     else:
-        run = lambda u: _recurrence(u, *weights)  # noqa: E731
+        run = lambda u: _recurrence(u, *weights)[0]  # noqa: E731
     return _forward_and_backward(run, weights, (batch, L, H))
 
 
-def _recurrence(u: torch.Tensor, lam_re, lam_im, B_re, B_im, C_re, C_im) -> torch.Tensor:
-    return lru_scan(u, lam_re, lam_im, B_re, B_im, C_re, C_im, chunk_size=lru.CHUNK_SIZE)[0]
+def _recurrence(*args, **kwargs) -> tuple:
+    """The scan as it runs where the last state is wanted, too: not by a convolution."""
+    return lru_scan(*args, **(kwargs | {"final_state": True}))
 
 
 def _products(L: int, n: int, H: int, batch: int, gated: bool = False) -> Callable:
@@ -231,6 +238,30 @@ def _products(L: int, n: int, H: int, batch: int, gated: bool = False) -> Callab
     return step
 
 
+def lru_training_step(contender: str, L: int, n: int, H: int, batch: int) -> Callable:
+    """A classifier of pixels with one block and its optimizer, but for the products alone."""
+    torch.manual_seed(0)
+    if contender == "matrix products alone":
+        return _products(L, n, H, batch)
+    config = MimoSSMConfig(hidden_size=H, state_size=n, num_hidden_layers=1, input_size=1, num_labels=10)
+    model = MimoSSMForSequenceClassification(config).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    pixels, labels = torch.randn(batch, L, 1), torch.randint(10, (batch,))
+    module = sys.modules[MimoSSMBlock.__module__]
+    scans = {PLAIN: lru_scan_reference, "recurrence in chunks": _recurrence}
+
+    def step() -> None:
+        scan, module.lru_scan = module.lru_scan, scans.get(contender, module.lru_scan)
+        try:
+            model(input_values=pixels, labels=labels).loss.backward()
+        finally:
+            module.lru_scan = scan
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def lru_block_step(contender: str, L: int, n: int, H: int, batch: int) -> Callable:
     """A block: norm, recurrence, gated activation, residual."""
     torch.manual_seed(0)
@@ -240,7 +271,13 @@ def lru_block_step(contender: str, L: int, n: int, H: int, batch: int) -> Callab
     return _forward_and_backward(block, list(block.parameters()), (batch, L, H))
 
 
-STEPS = {"mamba": mamba_step, "mamba2": mamba2_step, "lru": lru_step, "lru_block": lru_block_step}
+STEPS = {
+    "mamba": mamba_step,
+    "mamba2": mamba2_step,
+    "lru": lru_step,
+    "lru_training": lru_training_step,
+    "lru_block": lru_block_step,
+}
 
 
 def plot(results: dict, path: Path) -> None:
