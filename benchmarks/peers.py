@@ -1,4 +1,4 @@
-"""Whole mixers, forward and backward, against what else there is: the scans of transformers and mambapy, plain loops.
+"""Whole mixers, forward alone and with backward, against the scans of transformers and mambapy, and plain loops.
 
 Contenders of one setting take turns in one process; medians of processor time (wall-clock time with several threads),
 and the peak memory of a process of its own above what it held before the first step. Batch 8 and width 256, float32,
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -100,15 +101,18 @@ def main(args: list[str]) -> None:
 
 
 def table(name: str, threads: int) -> dict:
-    """Print and return seconds and MB by contender."""
+    """Print and return by contender: ms of forward and backward, of the forward alone, and MB."""
     seconds = _in_process("--threads", str(threads), "--time", name)
-    print(f"\n{name}, {threads} thread{'s' * (threads > 1)}\n{'':>28}  {'ms':>8}  {'/ ours':>7}  {'MB':>6}")
-    rows = {}
-    for contender, found in seconds.items():
-        memory = _in_process("--threads", str(threads), "--memory", name, contender) if threads == 1 else None
-        rows[contender] = {"ms": 1e3 * median(found), "ratio": median(found) / median(seconds[PURE]), "mb": memory}
-        text = "" if memory is None else f"{memory:>6.0f}"
-        print(f"{contender:>28}  {rows[contender]['ms']:>8.1f}  {rows[contender]['ratio']:>7.2f}  {text}", flush=True)
+    heads = ("ms", "/ ours", "forward", "/ ours", "MB")
+    print(f"\n{name}, {threads} thread{'s' * (threads > 1)}\n{'':>28}" + "".join(f"  {head:>8}" for head in heads))
+    ours, rows = seconds[PURE], {}
+    for contender, (both, forward) in seconds.items():
+        row = {"ms": 1e3 * median(both), "ratio": median(both) / median(ours[0])}
+        row |= {"forward_ms": 1e3 * median(forward), "forward_ratio": median(forward) / median(ours[1])}
+        row["mb"] = _in_process("--threads", "1", "--memory", name, contender) if threads == 1 else float("nan")
+        digits = zip(row.values(), (1, 2, 1, 2, 0), strict=True)
+        print(f"{contender:>28}" + "".join(f"  {value:>8.{n}f}" for value, n in digits), flush=True)
+        rows[contender] = row if threads == 1 else row | {"mb": None}
     return rows
 
 
@@ -118,19 +122,20 @@ def _in_process(*args: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def time_of(name: str) -> dict[str, list[float]]:
-    """Seconds by contender, who take turns; the first round warms up."""
+def time_of(name: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds by contender, with the backward pass and without. They take turns; the first round warms up."""
     family, sizes, contenders, rounds = (SETTINGS | FULL)[name]
     if torch.get_num_threads() > 1:
         contenders = [contender for contender in contenders if contender not in SLOW_TO_START]
     steps = {contender: STEPS[family](contender, **sizes) for contender in contenders}
-    times = {contender: [] for contender in steps}
+    times = {contender: ([], []) for contender in steps}
     for round_ in range(rounds + 1):
         for contender, step in steps.items():
-            start = now()
-            step()
-            if round_:
-                times[contender].append(now() - start)
+            for backward, found in zip((True, False), times[contender], strict=True):
+                start = now()
+                step(backward)
+                if round_:
+                    found.append(now() - start)
     return times
 
 
@@ -140,7 +145,7 @@ def memory_of(name: str, contender: str) -> float:
     step = STEPS[family](contender, **sizes)
     before = peak_memory()
     for _ in range(2):
-        step()
+        step(backward=True)
     return peak_memory() - before
 
 
@@ -150,12 +155,11 @@ def _forward_and_backward(
     x = torch.randn(shape, requires_grad=True)
     weight = torch.randn(shape)
 
-    def step() -> None:
-        if numba:
-            torch.autograd.grad(run(x), [x, *parameters], weight)
-        else:
-            with fused.disabled():
-                torch.autograd.grad(run(x), [x, *parameters], weight)
+    def step(backward: bool) -> None:
+        with nullcontext() if numba else fused.disabled(), torch.set_grad_enabled(backward):
+            y = run(x)
+            if backward:
+                torch.autograd.grad(y, [x, *parameters], weight)
 
     return step
 
@@ -231,9 +235,10 @@ def _products(L: int, n: int, H: int, batch: int, gated: bool = False) -> Callab
     once = _forward_and_backward(run, [B, C, *block.parameters()], (batch, L, H))
     again = torch.randn(batch * L, H)
 
-    def step() -> None:
-        once()
-        again @ B.detach().t()
+    def step(backward: bool) -> None:
+        once(backward)
+        if backward:
+            again @ B.detach().t()
 
     return step
 
@@ -250,14 +255,17 @@ def lru_training_step(contender: str, L: int, n: int, H: int, batch: int) -> Cal
     module = sys.modules[MimoSSMBlock.__module__]
     scans = {PLAIN: lru_scan_reference, "recurrence in chunks": _recurrence}
 
-    def step() -> None:
+    def step(backward: bool) -> None:
         scan, module.lru_scan = module.lru_scan, scans.get(contender, module.lru_scan)
         try:
-            model(input_values=pixels, labels=labels).loss.backward()
+            with torch.set_grad_enabled(backward):
+                loss = model(input_values=pixels, labels=labels).loss
+            if backward:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
         finally:
             module.lru_scan = scan
-        optimizer.step()
-        optimizer.zero_grad()
 
     return step
 
