@@ -104,7 +104,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._publishing: Publishing | None = None
         self._dry_run = DryRun()
         self._scheduled = self._stepped = self._calibrated = False
-        self._max_steps, self._output_dir, self._open_events = 0, "", 0
+        self._max_steps, self._output_dir = 0, ""
+        self._open_events: int | None = None  # None outside the evaluations of the Trainer's schedule
         self._trainer_ref: weakref.ref[Trainer] | None = None
 
     def state(self) -> dict:
@@ -405,13 +406,15 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """The evaluations of the Trainer's own schedule, which alone judge a reduction."""
 
         def scheduled(*args, **kwargs):
+            if self._open_events is not None:  # a callback asks for another one within it
+                return evaluate(*args, **kwargs)
             self._scheduled, self._open_events = True, 0
             counting = Replacement(self._trainer.callback_handler, "call_event", self._counting_events)
             try:
                 return evaluate(*args, **kwargs)
             finally:
                 counting.undo()
-                self._scheduled = False
+                self._scheduled, self._open_events = False, None
 
         return scheduled
 

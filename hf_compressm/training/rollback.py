@@ -200,11 +200,7 @@ class Rollback:
         if snapshot is None:
             self.reference = numbers
             return False
-        snapshot.put_back(model, optimizer)
-        torch._dynamo.reset()  # compiled code has the reduced shapes
-        for replica in find_replicas(model):
-            rebuild_reducer(replica)
-            check_replicas_equal(model, Ranks(replica.process_group))
+        _go_back(snapshot, model, optimizer)
         for event in judged:
             event.rolled_back_at = state.global_step
         metrics.update({name: value for name, value in self.reference.items() if name in metrics})
@@ -257,6 +253,17 @@ class Rollback:
             return False
         loss = before - after if self._greater_is_better else after - before
         return not math.isfinite(after) or loss > self._config.rollback_tolerance * abs(before)
+
+
+def _go_back(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Put a snapshot back, on every process, within an evaluation."""
+    snapshot.put_back(model, optimizer)
+    if callable(getattr(optimizer, "eval", None)):  # the snapshot is of training; the Trainer saves what it evaluates
+        optimizer.eval()
+    torch._dynamo.reset()  # compiled code has the reduced shapes
+    for replica in find_replicas(model):
+        rebuild_reducer(replica)
+        check_replicas_equal(model, Ranks(replica.process_group))
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: DataLoader | None) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,7 +22,7 @@ FOLDER = "_compressm_snapshots"
 """In the output directory. The Trainer uploads nothing whose name begins with an underscore."""
 
 _MODEL, _OPTIMIZER, _GROUP = "model/", "optimizer/", "group/"
-_SCHEDULED = {"params", "lr", "initial_lr", "momentum", "betas", "weight_decay"}
+_SCHEDULED = {"params", "lr", "momentum", "betas", "weight_decay"}
 """Of an optimizer's groups: what schedules set, which go on, and the parameters, which have state of their own."""
 
 
@@ -68,6 +69,7 @@ class Snapshot:
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @torch.no_grad()
     def put_back(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Bring an unwrapped model and its optimizer to this state; parameters stay the same objects."""
         sizes = Sizes(model)
@@ -144,28 +146,32 @@ class SnapshotStore:
 def _group_entries(optimizer: Optimizer | None) -> dict[str, Any]:
     """What some optimizers (Prodigy, schedule-free ones) keep beside their parameters: scalars of the whole group.
 
-    Entries that a file cannot hold, such as functions, are options, and stay as they are.
+    Entries that a file cannot hold as they are, such as functions, are options, and stay as they are.
     """
-    return {
-        f"{_GROUP}{number}/{key}": value.clone() if torch.is_tensor(value) else value  # groups share their defaults
+    entries = {
+        f"{_GROUP}{number}/{key}": value.item() if isinstance(value, np.generic) else value
         for number, group in enumerate(optimizer.param_groups if optimizer is not None else [])
         for key, value in group.items()
-        if key not in _SCHEDULED and (torch.is_tensor(value) or _is_plain(value))
+        if key not in _SCHEDULED
     }
+    tensors = {name: value.clone() for name, value in entries.items() if torch.is_tensor(value)}  # groups share some
+    return tensors | {name: value for name, value in entries.items() if name not in tensors and _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether it comes back from JSON as it was, but for a tuple, of which `_restored` knows."""
     try:
-        json.dumps(value)
+        return json.loads(json.dumps(value)) == (list(value) if isinstance(value, tuple) else value)
     except (TypeError, ValueError):
         return False
-    return True
 
 
 def _restored(present: Any, saved: Any) -> Any:
     """A saved entry of a group, of the type of the present one; a tensor stays the same object."""
     if torch.is_tensor(present) and torch.is_tensor(saved) and present.shape == saved.shape:
         return present.copy_(saved)
+    if isinstance(present, np.generic):
+        return type(present)(saved)
     return tuple(saved) if isinstance(present, tuple) else saved
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
@@ -434,19 +435,66 @@ def test_scalars_of_the_optimizers_groups_go_back_and_what_is_scheduled_goes_on(
     assert seen["end", 12][0]["init"] is torch.nn.init.zeros_
 
 
+def test_a_run_that_ends_with_going_back_ends_with_the_weights_to_be_saved(tmp_path):
+    seen = {}
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            seen[state.global_step] = [optimizer.state[p]["average"].clone() for p in model.parameters()]
+
+    model = tiny_lm()
+    optimizer = ScheduleFree(model.parameters())
+    optimizers = (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    callbacks = [Record(), Worsens(8), CompreSSMCallback(**DEAR, start=5, end=7, moments="reset")]
+    trainer = make_trainer(tmp_path, model, callbacks, optimizers, max_steps=10, **EVALUATE)
+    trainer.train()
+    assert CompressionReport.load(tmp_path).events[0].rolled_back_at == 10
+    assert not optimizer.param_groups[0]["train_mode"]
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), seen[7], strict=True))
+
+
+def test_a_schedule_of_betas_goes_on(tmp_path):
+    model = tiny_lm()
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=12)
+    found = {}
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found["end", state.global_step] = optimizer.param_groups[0]["betas"]
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            found["begin", state.global_step] = optimizer.param_groups[0]["betas"]
+
+    callbacks = [Record(), Worsens(8), CompreSSMCallback(**DEAR, start=5, end=7)]
+    trainer = make_trainer(tmp_path, model, callbacks, (optimizer, schedule), max_steps=12, **EVALUATE)
+    trainer.train()
+    assert CompressionReport.load(tmp_path).events[0].rolled_back_at == 10
+    assert found["begin", 10] == found["end", 10] != found["end", 7]
+
+
 def test_the_entries_of_groups_keep_their_types(tmp_path):
     model, count = tiny_lm(), torch.tensor(3)
     optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()], lr=torch.tensor(1e-3), foreach=False)
     for group in optimizer.param_groups:
         group["count"] = count  # one object, as groups have those of the optimizer's defaults
-    optimizer.param_groups[1]["beta_powers"] = (0.5, 0.25)
+    kept = {"beta_powers": (0.5, 0.25), "d": np.float32(0.1), "k": np.int64(2), "scale": torch.tensor(2.0)}
+    optimizer.param_groups[1] |= kept
+    optimizer.param_groups[1]["scale"].requires_grad_()
+    options = {"by_number": {1: 0.5}, "mixed": {1: 0.5, "a": 2}, "pairs": [(1, 2)]}  # JSON would change their keys
+    optimizer.param_groups[1] |= options
     store = SnapshotStore(tmp_path)
     digest = store.write(1, Snapshot.take(model, optimizer))
     expected = [dict(group) for group in optimizer.state_dict()["param_groups"]]
-    optimizer.param_groups[1]["beta_powers"] = (0.25, 0.125)
+    optimizer.param_groups[1] |= {"beta_powers": (0.25, 0.125), "d": np.float32(0.2), "k": np.int64(4)}
+    with torch.no_grad():
+        optimizer.param_groups[1]["scale"] += 1
     count += 4
     store.read(1, digest).put_back(model, optimizer)
     assert optimizer.state_dict()["param_groups"] == expected
+    for name, value in (kept | options).items():
+        assert type(optimizer.param_groups[1][name]) is type(value), name
+    assert kept["scale"].item() == 2.0
     assert count == 3
     assert all(group["count"] is count for group in optimizer.param_groups)
 
@@ -557,6 +605,33 @@ def test_evaluations_within_the_trainers_own_judge_nothing(tmp_path, event, firs
     assert {event.metric_before, event.metric_after} < set(losses)
     assert returned[:2] == [event.metric_before] * 2  # what the Trainer goes on with
     assert trainer.callback_handler.call_event.__self__ is trainer.callback_handler
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_trainers_own_evaluation_called_from_within_it_judges_nothing(tmp_path, first):
+    """By a callback before ours in the list, or after it, on data of its own."""
+
+    class Repeats(TrainerCallback):
+        busy = False
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            if not self.busy and state.global_step in (5, 10):
+                own, trainer.eval_dataset, self.busy = trainer.eval_dataset, Windows(count=4), True
+                trainer._evaluate(None, None)
+                trainer.eval_dataset, self.busy = own, False
+
+    ours = [CompreSSMCallback(**DEAR, start=5, end=7)]
+    callbacks = [Repeats(), *ours] if first else [*ours, Repeats()]
+    trainer = make_trainer(tmp_path, callbacks=[Worsens(8), *callbacks], max_steps=12, **EVALUATE)
+    returned = []
+    trainer._report_to_hp_search = lambda trial, step, metrics: returned.append(metrics["eval_loss"])
+    trainer.train()
+    (event,) = CompressionReport.load(tmp_path).events
+    losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e and e["step"] == 10]
+    at_5, judged_5, at_10, judged_10, _ = returned
+    assert event.metric_before == judged_5 == judged_10 != at_5
+    assert event.metric_after in losses
+    assert event.metric_after != at_10
 
 
 @pytest.mark.parametrize("restore", [False, True])
