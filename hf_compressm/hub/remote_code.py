@@ -119,7 +119,9 @@ def _flattened(module: str) -> str:
     for node, new in sorted(changes, key=lambda change: -change[0].lineno):
         lines[node.lineno - 1 : node.end_lineno] = [" " * node.col_offset + line for line in new]
     origin, version = module.replace(".", "/"), sys.modules[PACKAGE].__version__
-    return "\n".join([f"# From {origin}.py of hf-compressm {version}, Apache-2.0.", *lines]) + "\n"
+    source = "\n".join([f"# From {origin}.py of hf-compressm {version}, Apache-2.0.", *lines]) + "\n"
+    # Operators have one name in a process, in which another checkpoint may bring the same code along.
+    return source.replace(f'custom_op("{PACKAGE}::', 'custom_op(__name__.replace(".", "_") + "::')
 
 
 def _flat_imports(node: ast.ImportFrom, origin: str) -> list[str]:

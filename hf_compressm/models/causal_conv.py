@@ -44,9 +44,10 @@ def causal_convolution(
         cached = cache.update_conv_state(x.detach(), mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
         full = torch.cat([cached[..., : cached.shape[-1] - length], x], dim=-1)
         if length == 1 and mask is None:  # a step of generation
-            weight = mixer.conv1d.weight[:, 0]
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weight = mixer.conv1d.weight[:, 0].to(wide)
             y = (full[..., -weight.shape[-1] :] * weight).sum(-1, keepdim=True)
-            return mixer.act(y if mixer.conv1d.bias is None else y + mixer.conv1d.bias[:, None])
+            return mixer.act((y if mixer.conv1d.bias is None else y + mixer.conv1d.bias[:, None]).to(x.dtype))
     if mask is None:
         return _convolve(mixer, full, kernel)[..., full.shape[-1] - length :]
 

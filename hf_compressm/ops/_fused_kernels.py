@@ -35,25 +35,27 @@ _NEXT_TILE = np.uint64(int(_STATE) + _BLOCK)
 _1, _2, _3 = (np.uint64(i * _ROW) for i in (1, 2, 3))
 SCRATCH = (_TILES + 1) * _BLOCK  # the last tile passes its state on, too
 
-# What a compiler may assume: enough for sums in vectors and for fused multiply-adds, and still NaN stays NaN.
+# What a compiler may assume: enough for sums in vectors and for fused multiply-adds, and still a NaN stays one.
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
-_CPU = zlib.crc32(f"{get_host_cpu_name()} {get_host_cpu_features().flatten()}".encode())
+# What the compiled code depends on beside this file, whose time of change numba looks at.
+_BUILD = zlib.crc32(f"{CHUNK} {get_host_cpu_name()} {get_host_cpu_features().flatten()}".encode())
 _inlined = numba.njit(forceinline=True, **_OPTIONS)
 # Not reassociated: (x + _SHIFT) - _SHIFT is not x.
 _exact = numba.njit(forceinline=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
 
 
-def jit(function, name):
-    """Compile `function` at its first call and keep the result on disk, where some directory can be written.
+def jit(function, name=None):
+    """Compile `function` at its first call, and keep the result under `name` on disk, if a directory can be written.
 
     Numba numbers the files of one name without a lock: two processes that compile for different types at once can
-    leave the code of one under the type of the other. So each combination of types has a `name`, on each kind of CPU.
+    leave the code of one under the type of the other. So each combination of types has a name, on each kind of CPU.
     """
-    name = f"{name}_{_CPU:08x}"
-    function = type(function)(function.__code__, function.__globals__, name)
-    function.__qualname__ = name
-    with suppress(RuntimeError):  # numba's error for "no directory for the cache"
-        return numba.njit(cache=True, **_OPTIONS)(function)
+    if name is not None:
+        name = f"{name}_{_BUILD:08x}"
+        function = type(function)(function.__code__, function.__globals__, name)
+        function.__qualname__ = name
+        with suppress(RuntimeError):  # numba's error for "no directory for the cache"
+            return numba.njit(cache=True, **_OPTIONS)(function)
     return numba.njit(**_OPTIONS)(function)
 
 
@@ -154,7 +156,9 @@ def _drive(w, u, delta, bias, i, start, count, first, width):
 
 @_inlined
 def _transpose(x, i, start, count, rows):
-    """Fill `rows (n CHUNK,)` with steps of `x (batch, L, n)`, all steps of one state side by side."""
+    """Fill `rows (n CHUNK,)` with steps of `x (batch, L, n)`, all steps of one state side by side, and zeros."""
+    if count < CHUNK:
+        rows[:] = 0
     for s in range(count):
         for j in range(x.shape[2]):
             rows[_U(j * CHUNK + s)] = x[_U(i), _U(start + s), _U(j)]
@@ -334,10 +338,11 @@ def scan_backward(inputs, gradients, scratch, z_strides, rows, columns, ln2):
     b, c = np.zeros((2, n * CHUNK), u.dtype)
     for first in range(columns[0], columns[1], WIDTH):
         width = min(WIDTH, columns[1] - first)
-        w[:], adjoint[:], rate[:], drate[:] = 0, 0, 0, 0
+        w[:], rate[:] = 0, 0
         for j in range(n):
             rate[j * WIDTH : j * WIDTH + width] = rates[j, first : first + width]
         for i in range(rows[0], rows[1]):
+            adjoint[:], drate[:] = 0, 0
             for j in range(n):
                 adjoint[j * WIDTH : j * WIDTH + width] = dh[i, j, first : first + width]
             for chunk in range(borders.shape[0]):
@@ -364,7 +369,6 @@ def scan_backward(inputs, gradients, scratch, z_strides, rows, columns, ln2):
                 dh[i, j, first : first + width] = adjoint[j * WIDTH : j * WIDTH + width]
                 for k in range(width):
                     drates[j, first + k] += drate[j * WIDTH + k]
-            drate[:] = 0
 
 
 @_inlined

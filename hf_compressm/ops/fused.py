@@ -22,42 +22,50 @@ CHUNK = 16  # steps from one state that is stored for the backward pass to the n
 
 _allowed = True
 _kernels: ModuleType | None = None
+_compiled: dict[tuple[str, torch.dtype], Callable] = {}
 
 
 @torch.compiler.assume_constant_result
 def usable(device: torch.device) -> bool:
     """Whether blocks on this device run in compiled loops."""
-    return device.type == "cpu" and _allowed and importlib.util.find_spec("numba") is not None and _load()
+    return device.type == "cpu" and _allowed and _installed() and _try_to_load()
 
 
-def _load() -> bool:
-    """Import the kernels; without success, warn and do not try again."""
-    global _allowed, _kernels
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _try_to_load() -> bool:
+    """Without success, warn and do not try again."""
+    global _allowed
+    try:
+        return not _load().numba.config.DISABLE_JIT
+    except Exception as error:  # whatever keeps numba from being imported, PyTorch can do
+        _allowed = False
+        logger.warning("numba is installed but cannot be used (%s): Mamba runs in PyTorch", error)
+        return False
+
+
+def _load() -> ModuleType:
+    """The kernels; an exported program, for one, calls for them before anybody has asked whether they are `usable`."""
+    global _kernels
     if _kernels is None:
-        try:
-            from . import _fused_kernels
-        except Exception as error:  # whatever keeps numba from being imported, PyTorch can do
-            _allowed = False
-            logger.warning("numba is installed but cannot be used (%s): Mamba runs in PyTorch", error)
-            return False
+        from . import _fused_kernels
+
         _kernels = _fused_kernels
-    return True
+    return _kernels
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Let this process run in PyTorch alone."""
+    """Let this process run in PyTorch alone, but for what torch.compile has compiled before."""
     global _allowed
     before, _allowed = _allowed, False
     try:
         yield
     finally:
         _allowed = before
-
-
-@cache
-def _kernel(name: str, dtype: torch.dtype) -> Callable:
-    return _kernels.jit(getattr(_kernels, name), f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def _shares(batch: int, channels: int) -> list[tuple[int, tuple[int, int], int, tuple[int, int]]]:
@@ -67,19 +75,19 @@ def _shares(batch: int, channels: int) -> list[tuple[int, tuple[int, int], int, 
         return [(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
 
     rows = max(1, min(torch.get_num_threads(), batch))
-    columns = max(1, min(torch.get_num_threads() // rows, channels))
+    columns = max(1, min(torch.get_num_threads() // rows, math.ceil(channels / _load().WIDTH)))
     return [(*r, *c) for r in enumerate(bounds(batch, rows)) for c in enumerate(bounds(channels, columns))]
 
 
-def _run(kernel: Callable, calls: list[tuple]) -> None:
-    """Call `kernel` on each tuple of arguments, all at once."""
+def _run(name: str, dtype: torch.dtype, calls: list[tuple]) -> None:
+    """Call a kernel on each tuple of arguments, all at once."""
 
     def call(args: tuple) -> None:
         try:
-            kernel(*args)
-        except OSError as error:  # the loop is compiled, and only could not be kept on disk
-            logger.warning("numba cannot write its cache (%s): the loop is compiled anew in each process", error)
-            kernel(*args)
+            _kernel(name, dtype)(*args)
+        except Exception as error:  # the loops raise none, so it came before they ran
+            logger.warning("numba's cache is of no use (%s): %s is compiled anew in each process", error, name)
+            _kernel(name, dtype, keep=False)(*args)
 
     if len(calls) == 1:
         call(calls[0])
@@ -88,12 +96,20 @@ def _run(kernel: Callable, calls: list[tuple]) -> None:
             list(pool.map(call, calls))
 
 
+def _kernel(name: str, dtype: torch.dtype, keep: bool = True) -> Callable:
+    kernels, key = _load(), (name, dtype)
+    if key not in _compiled or not keep:
+        names = f"{name}_{str(dtype).removeprefix('torch.')}" if keep else None
+        _compiled[key] = kernels.jit(getattr(kernels, name), names)
+    return _compiled[key]
+
+
 def _arrays(dtype: torch.dtype, *tensors: torch.Tensor) -> tuple:
     return tuple(x.detach().to(dtype).contiguous().numpy() for x in tensors)
 
 
 def _copies(dtype: torch.dtype, *parameters: torch.Tensor) -> tuple:
-    """Small, and not to be held: FSDP2 frees the memory of parameters, which torch refuses while numpy knows it."""
+    """Of what is small: FSDP2 frees the memory of parameters, which torch refuses for good once numpy has seen it."""
     return tuple(x.detach().to(dtype, copy=True).contiguous().numpy() for x in parameters)
 
 
@@ -107,7 +123,7 @@ def _rows(x: torch.Tensor, dtype: torch.dtype) -> tuple:
 
 
 def _scratch(dtype: torch.dtype, n: int, count: int) -> tuple:
-    sizes = (_kernels.SCRATCH, *[n * _kernels.WIDTH] * count)
+    sizes = (_load().SCRATCH, *[n * _load().WIDTH] * count)
     return tuple(torch.empty(size, dtype=dtype).numpy() for size in sizes)  # torch aligns them, numpy need not
 
 
@@ -127,7 +143,7 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h, out, y, borders) -> Non
         (inputs, outputs, _scratch(A.dtype, A.shape[0], 2), strides, rows, columns)
         for _, rows, _, columns in _shares(u.shape[0], u.shape[2])
     ]
-    _run(_kernel("scan_forward", A.dtype), calls)
+    _run("scan_forward", A.dtype, calls)
 
 
 def scan_backward(dout, dh_last, u, delta, A, B, C, D, z, delta_bias, y, borders) -> list[torch.Tensor]:
@@ -142,13 +158,13 @@ def scan_backward(dout, dh_last, u, delta, A, B, C, D, z, delta_bias, y, borders
         z, strides = _rows(z, A.dtype)
         inputs = _arrays(A.dtype, dout, u, delta, A * math.log2(math.e), B, C)
         D, delta_bias = _copies(A.dtype, D, delta_bias)
-        inputs = (*inputs, D, z, delta_bias, y.numpy(), borders.numpy())
+        inputs = (*inputs, D, z, delta_bias, *_arrays(A.dtype, y, borders))
         ln2 = A.new_tensor(math.log(2)).numpy()[()]
         calls = []
         for r, rows, c, columns in shares:
             gradients = tuple(x.numpy() for x in (dh, du, ddelta, dA[r], dB[c], dC[c], dD[r], dz, dbias[r]))
             calls.append((inputs, gradients, _scratch(A.dtype, A.shape[0], 3), strides, rows, columns, ln2))
-        _run(_kernel("scan_backward", A.dtype), calls)
+        _run("scan_backward", A.dtype, calls)
     dA, dB, dC, dD, dbias = (x.sum(0) for x in (dA, dB, dC, dD, dbias))
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, dh]
 
@@ -159,12 +175,12 @@ def conv_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     if x.numel():
         flat, strides = _rows(x, weight.dtype)
         inputs = (flat, *_copies(weight.dtype, weight, bias))
-        total = torch.empty(_kernels.WIDTH, dtype=weight.dtype)
+        total = torch.empty(_load().WIDTH, dtype=weight.dtype)
         calls = [
             (inputs, y.numpy(), total.clone().numpy(), strides, rows, columns)
             for _, rows, _, columns in _shares(x.shape[0], x.shape[2])
         ]
-        _run(_kernel("conv_forward", weight.dtype), calls)
+        _run("conv_forward", weight.dtype, calls)
     return y
 
 
@@ -178,10 +194,10 @@ def conv_backward(
     if x.numel():
         flat, strides = _rows(x, weight.dtype)
         inputs = (*_arrays(weight.dtype, dy), flat, *_copies(weight.dtype, weight, bias))
-        total = torch.empty(_kernels.WIDTH, dtype=weight.dtype)
+        total = torch.empty(_load().WIDTH, dtype=weight.dtype)
         calls = [
             (inputs, (dx.numpy(), dweight[r].numpy(), dbias[r].numpy()), total.clone().numpy(), strides, rows, columns)
             for r, rows, _, columns in shares
         ]
-        _run(_kernel("conv_backward", weight.dtype), calls)
+        _run("conv_backward", weight.dtype, calls)
     return dx, dweight.sum(0), dbias.sum(0)

@@ -91,12 +91,12 @@ def _around(scan: Callable, u, delta, A, B, C, D, z, delta_bias, h0) -> tuple[to
 def _step(u, delta, A, B, C, D, z, delta_bias, h0) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of generation, in as few operations as there are."""
     dtype = state_dtype(u)
-    u, delta, B, C, z = (x[:, 0] for x in (u, delta, B, C, z))
-    x, step = u.to(dtype), F.softplus(delta.to(dtype) + delta_bias)
-    driven = (step * x)[..., None] * B[:, None].to(dtype)
-    h = torch.exp(step[..., None] * A) * h0 + driven
-    y = torch.addcmul((h @ C[..., None].to(dtype))[..., 0], x, D.to(dtype))
-    return (y * F.silu(z)).to(u.dtype)[:, None], h
+    x, delta, B, C = (x[:, 0].to(dtype) for x in (u, delta, B, C))
+    A, D, delta_bias, h0 = (x.to(dtype) for x in (A, D, delta_bias, h0))
+    step = F.softplus(delta + delta_bias)
+    h = torch.exp(step[..., None] * A) * h0 + (step * x)[..., None] * B[:, None]
+    y = torch.addcmul((h * C[:, None]).sum(-1), x, D)  # not a matrix product, which autocast would round
+    return (y * F.silu(z[:, 0])).to(u.dtype)[:, None], h
 
 
 @torch.library.custom_op("hf_compressm::gated_scan", mutates_args=())

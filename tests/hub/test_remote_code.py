@@ -39,10 +39,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 expected = torch.load(sys.argv[1] + "/expected.pt")
+models = {}
 for name, values in expected.items():
     auto = AutoModelForSequenceClassification if "classes" in values else AutoModelForCausalLM
-    model = auto.from_pretrained(f"{sys.argv[1]}/{name}", trust_remote_code=True).eval()
-    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    models[name] = auto.from_pretrained(f"{sys.argv[1]}/{name}", trust_remote_code=True).eval()
+    assert type(models[name]).__module__.startswith("transformers_modules"), type(models[name])
+for name in [*models, *models]:  # code that comes with one must not change another, before it has run or after
+    values, model = expected[name], models[name]
     if "classes" in values:
         assert torch.equal(model(input_values=values["inputs"]).logits, values["classes"]), name
     else:
@@ -77,10 +80,20 @@ def reduced_lru():
     return model
 
 
+MODELS = {
+    "mamba": unequal_mamba,
+    "mamba_too": unequal_mamba,
+    "mamba2": mamba2_with_maps,
+    "mamba2_too": mamba2_with_maps,
+    "lru": reduced_lru,
+    "lru_too": reduced_lru,
+}
+
+
 def test_models_run_without_the_package(tmp_path, repo_env):
     ids = torch.tensor([[5, 6, 7]])
     expected = {}
-    for name, make in {"mamba": unequal_mamba, "mamba2": mamba2_with_maps, "lru": reduced_lru}.items():
+    for name, make in MODELS.items():
         model = make().eval()
         model.save_pretrained(tmp_path / name)
         assert bundle_remote_code(tmp_path / name)

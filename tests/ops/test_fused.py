@@ -39,6 +39,20 @@ def test_channels_beyond_one_block(channels):
     assert_same([x.double() for x in single], expected, 1e-5)
 
 
+@pytest.mark.parametrize("position", [0, 1, 3, 4, 6, 8])
+@pytest.mark.parametrize(("length", "channels"), [(20, 8), (20, 128), (32, 8)])
+def test_not_a_number_stays_in_its_sequence(length, channels, position):
+    inputs = gated_inputs(3, length, channels, 2)
+    with torch.no_grad():
+        inputs[position][0] = float("nan")
+    y, h_last = gated_scan(*inputs)
+    assert not y[1:].isnan().any()
+    assert not h_last[1:].isnan().any()
+    own = [position for position, x in enumerate(inputs) if len(x) == 3]
+    gradients = torch.autograd.grad(y[1:].sum() + h_last[1:].sum(), [inputs[position] for position in own])
+    assert not any(gradient[1:].isnan().any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("position", range(9))
 def test_not_a_number_stays_one(position, dtype):
@@ -83,16 +97,39 @@ def test_no_directory_for_the_cache(monkeypatch):
     assert x[0] == 2
 
 
-def test_disk_is_full(monkeypatch, tmp_path, caplog):
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """Kernels not compiled yet, and a directory of their own to keep them in."""
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fused, "_compiled", {})
+    monkeypatch.setattr(_fused_kernels, "double", double, raising=False)
+    return tmp_path
+
+
+def run_double():
+    x = np.ones(1)
+    fused._run("double", torch.float64, [(x,)])
+    return x[0]
+
+
+def test_disk_is_full(monkeypatch, own_cache, caplog):
     def save(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(caching.Cache, "save_overload", save)
-    x = np.ones(1)
-    fused._run(_fused_kernels.jit(double, "double"), [(x,)])
-    assert x[0] == 2
-    assert "numba cannot write its cache (No space left on device)" in caplog.text
+    assert run_double() == 2
+    assert "numba's cache is of no use (No space left on device)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_damaged_files(own_cache, kind, monkeypatch, caplog):
+    assert run_double() == 2
+    (file,) = own_cache.rglob(f"*.{kind}")
+    file.write_bytes(file.read_bytes()[:20])
+    fused._compiled.clear()
+    assert [run_double(), run_double()] == [2, 2]
+    assert len(caplog.records) == 1
+    assert "numba's cache is of no use" in caplog.text
 
 
 def test_processes_that_compile_at_once_do_not_mix_up_their_types(monkeypatch, tmp_path):

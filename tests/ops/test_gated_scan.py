@@ -125,13 +125,23 @@ def test_state_stays_in_float32_in_lower_precision(dtype):
     assert_same([x.float() for x in actual], torch.autograd.grad(expected[0], wide, weight.float()), 2e-2)
 
 
-def test_autocast_does_not_reach_the_state():
-    inputs = to_float32(gated_inputs(2, 60, 4, 3))
+@pytest.mark.parametrize("length", [1, 60])
+def test_autocast_does_not_reach_the_state(length):
+    inputs = to_float32(gated_inputs(2, length, 4, 3))
     plain = gated_outputs_and_gradients(gated_scan, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         automatic = gated_outputs_and_gradients(gated_scan, inputs)
     for actual, expected in zip(automatic, plain, strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("position", range(1, 9))
+def test_u_says_what_all_are_computed_in(length, position):
+    inputs = [x.detach().float() for x in gated_inputs(2, length, 4, 3)]
+    expected = gated_scan_reference(*inputs)
+    inputs[position] = inputs[position].double()
+    assert_same(gated_scan(*inputs), expected, 1e-5)
 
 
 def test_parts_of_wider_rows():
