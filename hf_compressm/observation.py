@@ -73,10 +73,17 @@ class Observation:
     def load_statistics(self, *processes: Mapping[str, Tensor]) -> None:
         """Go on from what `statistics` returned, on one process or on several."""
         for name, reducer in self._observing.items():
-            prefix = f"{name}/"
-            reducer.load_statistics(
-                *({k.removeprefix(prefix): t for k, t in seen.items() if k.startswith(prefix)} for seen in processes)
-            )
+            reducer.load_statistics(*(_of(name, seen) for seen in processes))
+
+    def load_counts(self, statistics: Mapping[str, Tensor]) -> None:
+        """Go on from where the process stood that returned these `statistics`, without what it had observed."""
+        for name, reducer in self._observing.items():
+            reducer.load_counts(_of(name, statistics))
+
+
+def _of(layer: str, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{layer}/"
+    return {key.removeprefix(prefix): t for key, t in statistics.items() if key.startswith(prefix)}
 
 
 def first_batches(dataloader: Iterable, count: int, device: torch.device) -> list[dict[str, Any]]:

@@ -93,6 +93,11 @@ class StateReducer(ABC):
         """Go on from what `statistics` returned, on one process or on several that this one takes the place of."""
         raise NotImplementedError(f"{type(self).__name__} observes nothing.")
 
+    def load_counts(self, statistics: dict[str, Tensor]) -> None:
+        """Go on counting from where the process stood that returned these `statistics`, on one that takes the place of
+        none; what was observed is another's to add."""
+        return None
+
     def reduce_over_ranks(self, ranks: Ranks) -> None:
         """Put together what the data-parallel ranks observed, as if one process had seen it all."""
         raise NotImplementedError(f"{type(self).__name__} observes nothing.")

@@ -84,10 +84,13 @@ class ObservingReducer(StateReducer):
     def load_statistics(self, *processes: dict[str, Tensor]) -> None:
         statistics = _merged(processes)
         device = next(self.module.parameters()).device
-        for name in _COUNTS:
-            setattr(self, f"_{name}", int(statistics[name]))
+        self.load_counts(statistics)
         self._sums = {name: t.to(device) for name, t in _below(statistics, "sum.").items()}
         self._samples = {int(number): t.to(device) for number, t in _below(statistics, "sample.").items()}
+
+    def load_counts(self, statistics: dict[str, Tensor]) -> None:
+        for name in _COUNTS:
+            setattr(self, f"_{name}", int(statistics[name]))
 
     def reduce_over_ranks(self, ranks: Ranks) -> None:
         self.load_statistics(*ranks.gather({name: t.cpu() for name, t in self.statistics().items()}))

@@ -85,25 +85,27 @@ class Calibration:
         tensors = {f"{_LAYER}{name}": tensor for name, tensor in self.observation.statistics().items()}
         for index, batch in enumerate(self._batches):
             tensors.update({f"{_BATCH}{index}/{key}": v for key, v in batch.items() if torch.is_tensor(v)})
-        file = checkpoint / calibration_file(args.process_index)
-        file.unlink(missing_ok=True)  # of an earlier run in the same folder
+        for process, file in _files(checkpoint).items():  # of an earlier run, which may have had more processes
+            if process % args.world_size == args.process_index:
+                file.unlink(missing_ok=True)
         if not (self._started and tensors):
             return False
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(tensors, file, {_PROCESSES: str(args.world_size)})
+        save_file(tensors, checkpoint / calibration_file(args.process_index), {_PROCESSES: str(args.world_size)})
         return True
 
     def resume(self, args: TrainingArguments, checkpoints: list[Path]) -> None:
         """Take over what the checkpoint that the run resumes from had seen of the present window.
 
-        Where it was written by more processes than there are now, each goes on for several of them: sums add up.
+        Where it was written by more processes than there are now, each goes on for several of them: sums add up. One
+        that takes the place of none goes on counting where the others stood.
 
         Args:
             args: of the Trainer.
             checkpoints: where that checkpoint may be; none for a run that begins.
         """
         files = next(filter(None, map(_files, checkpoints)), {})
-        written = _processes(next(iter(files.values()))) if files else args.world_size
+        written = _processes(files) if files else args.world_size
         former = range(args.process_index, written, args.world_size)
         missing = [calibration_file(process) for process in former if process not in files]
         if missing and checkpoints and (self.observation.needed or self._trainer is not None):
@@ -115,6 +117,8 @@ class Calibration:
         seen = [load_file(files[process], str(args.device)) for process in former if process in files]
         if seen:
             self.observation.load_statistics(*(_below(tensors, _LAYER) for tensors in seen))
+        elif files:
+            self.observation.load_counts(_below(load_file(next(iter(files.values()))), _LAYER))
         places = {
             (int(name.split("/")[1]), n) for n, found in enumerate(seen) for name in found if name.startswith(_BATCH)
         }
@@ -124,13 +128,14 @@ class Calibration:
 
 def _files(checkpoint: Path) -> dict[int, Path]:
     """What the processes that wrote a checkpoint have seen, by their numbers."""
-    return {int(path.stem.rpartition("_")[2]): path for path in sorted(checkpoint.glob(calibration_file("*")))}
+    found = {path.stem.rpartition("_")[2]: path for path in sorted(checkpoint.glob(calibration_file("*")))}
+    return {int(process): path for process, path in found.items() if process.isdecimal()}
 
 
-def _processes(file: Path) -> int:
-    """How many processes there were when a file was written; files of more are those of an earlier run."""
-    with safe_open(file, framework="pt") as opened:
-        return int(opened.metadata()[_PROCESSES])
+def _processes(files: dict[int, Path]) -> int:
+    """How many processes there were when the files were written, which all of them say."""
+    with safe_open(next(iter(files.values())), framework="pt") as opened:
+        return int((opened.metadata() or {}).get(_PROCESSES, len(files)))
 
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
