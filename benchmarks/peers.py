@@ -300,16 +300,16 @@ def plot(results: dict, path: Path) -> None:
         (axes[0], "n", ("L", 256), "Mamba, 256 steps"),
         (axes[1], "L", ("n", 16), "Mamba, 16 states"),
     ):
-        curves: dict[str, list] = {}
+        curves: dict[str, dict[int, float]] = {}
         for name, (family, sizes, *_) in (SETTINGS | FULL).items():
             rows = results.get(f"{name}, 1 thread")
             if rows and family == "mamba" and sizes[fixed[0]] == fixed[1]:
                 for contender, row in rows.items():
-                    curves.setdefault(contender, []).append((sizes[varied], row["ms"] / 1e3))
+                    curves.setdefault(contender, {}).setdefault(sizes[varied], row["ms"] / 1e3)
         for contender, points in curves.items():
-            ax.loglog(*zip(*sorted(points), strict=True), marker="o", label=contender, color=colors[contender])
+            ax.loglog(*zip(*sorted(points.items()), strict=True), marker="o", label=contender, color=colors[contender])
         ax.set(title=title, xlabel={"n": "states", "L": "steps"}[varied], ylabel="s, forward and backward")
-        ax.set_xticks(sorted({x for points in curves.values() for x, _ in points}), minor=False)
+        ax.set_xticks(sorted({x for points in curves.values() for x in points}), minor=False)
         ax.xaxis.set_major_formatter("{x:.0f}")
         ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         ax.grid(alpha=0.3)
