@@ -3,23 +3,12 @@ import torch
 import torch.nn.functional as F
 from ops.scans import assert_same
 
-from hf_compressm.ops import causal_conv, fused
+from hf_compressm.ops import causal_conv
 
 
 def make_inputs(batch, length, channels, size, dtype=torch.float64):
     shapes = [(batch, length, channels), (channels, size), (channels,)]
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-@pytest.fixture(params=["torch", "numba"])
-def loops(request):
-    """What the SiLU behind the convolution runs with."""
-    if request.param == "torch":
-        with fused.disabled():
-            yield
-    else:
-        assert fused.usable(torch.device("cpu"))
-        yield
 
 
 def silu_behind(x, weight, bias=None):

@@ -151,6 +151,14 @@ def test_processes_that_compile_at_once_do_not_mix_up_their_types(monkeypatch, t
         assert kernel.stats.cache_hits
 
 
+def test_an_operator_that_is_called_first(monkeypatch):
+    """As by an exported program, which nobody has asked whether the loops are usable."""
+    monkeypatch.setattr(fused, "_kernels", None)
+    x = torch.randn(1, 5, 3)
+    y = torch.ops.hf_compressm.causal_conv_silu(x, torch.ones(1, 3), torch.zeros(3))
+    torch.testing.assert_close(y, torch.nn.functional.silu(x))
+
+
 def test_numba_that_cannot_be_imported(monkeypatch, caplog):
     inputs = gated_inputs(1, 9, 3, 2)
     monkeypatch.setattr(fused, "_kernels", None)

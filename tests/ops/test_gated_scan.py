@@ -11,7 +11,9 @@ from ops.scans import (
     to_float32,
 )
 
-from hf_compressm.ops import fused, gated_scan, gated_scan_reference
+from hf_compressm.ops import gated_scan, gated_scan_reference
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 SHAPES = [
     (2, 70, 5, 3),
@@ -21,17 +23,6 @@ SHAPES = [
     (1, 17, 300, 4),
     (4, 16, 3, 1),
 ]
-
-
-@pytest.fixture(autouse=True, params=["torch", "numba"])
-def loops(request):
-    """Every test runs with the operations of PyTorch and with the compiled loops."""
-    if request.param == "torch":
-        with fused.disabled():
-            yield
-    else:
-        assert fused.usable(torch.device("cpu"))
-        yield
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
