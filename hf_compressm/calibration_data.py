@@ -16,6 +16,12 @@ _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "c
 _PIECE = 8192  # characters of a text file that are tokenised at once
 _INPUTS = ("input_ids", "input_values")
 _LABELS = ("labels", "label")
+_COLUMNS = {  # what is in a row, kinds of numbers, dimensions
+    "input_ids": ("a sequence of whole numbers", "iu", (1,)),
+    "input_values": ("a sequence of numbers, or of channels of numbers,", "iuf", (1, 2)),
+    "attention_mask": ("a sequence of zeros and ones", "biuf", (1,)),
+    **dict.fromkeys(_LABELS, ("a number, or one for each token,", "iuf", (0, 1))),
+}
 _IGNORED = -100  # a label that does not count
 
 
@@ -186,7 +192,7 @@ def _tokenised(
     for row in rows:
         text = row[arguments.text_column]
         if not isinstance(text, str):
-            raise ValueError(f"expected texts in {arguments.text_column!r} of {arguments.data}; found {text!r}.")
+            raise ValueError(f"expected texts in {arguments.text_column!r} of {arguments.data}; found {text!r:.60}.")
         tokens += chain(tokenizer(text)["input_ids"], [] if end is None else [end])
         if len(tokens) >= wanted * length:
             break
@@ -200,25 +206,30 @@ def _columns(rows: Dataset, name: str, length: int) -> list[dict[str, Any]]:
     masked = "attention_mask" in rows.column_names
     found = []
     for row in rows.with_format("numpy", columns=[name, *[label] * bool(label), *["attention_mask"] * masked]):
-        values, labels = np.asarray(row[name]), row[label] if label else None
-        _check_numbers(values, name, "iu" if name == "input_ids" else "iuf")
-        real = np.asarray(row["attention_mask"]) if masked else np.ones(len(values))
+        values, labels = _numbers(row, name), _numbers(row, label) if label else None
+        real = _numbers(row, "attention_mask") if masked else np.ones(len(values))
         per_token = name == "input_ids" and np.ndim(labels) == 1
         if len({len(values), len(real), *([len(labels)] if per_token else [])}) > 1:
             raise ValueError(f"expected labels and attention_mask as long as {name}; found other lengths in a row.")
-        if label:
-            _check_numbers(np.atleast_1d(labels), label, "iuf")
         real = real.astype(bool)
         found.append({name: values[real][:length], "labels": labels[real][:length] if per_token else labels})
-    return [row for row in found if len(row[name])]
+    found = [row for row in found if len(row[name])]
+    channels = {np.size(row[name][0]) for row in found}
+    if len(channels) > 1:
+        raise ValueError(f"expected as many channels in each row of {name}; found {sorted(channels)!r:.60}.")
+    return found
 
 
-def _check_numbers(values: np.ndarray, name: str, kinds: str) -> None:
-    if values.ndim == 0 or (len(values) and values.dtype.kind not in kinds):
-        what = "whole numbers" if "f" not in kinds else "numbers"
+def _numbers(row: dict[str, Any], column: str) -> np.ndarray:
+    """What a row has in a column, refused where it is something else than `_COLUMNS` says."""
+    what, kinds, dimensions = _COLUMNS[column]
+    found = np.asarray(row[column])
+    missing = found[~np.isfinite(found)].tolist() if found.dtype.kind == "f" else []  # nothing is read as nan
+    if missing or found.ndim not in dimensions or (found.size and found.dtype.kind not in kinds):
         raise ValueError(
-            f"expected a sequence of {what} in each row of the column {name}; found {values.tolist()!r:.60}."
+            f"expected {what} in each row of the column {column}; found {missing or found.tolist()!r:.60}."
         )
+    return found
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
