@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 _CHANNELS = tl.constexpr(32)  # one warp: as many programs as can be
-_STAGES = tl.constexpr(4)  # steps whose loads are under way at once; they do not wait for the recurrence
+# Steps whose loads are under way at once and do not wait for the recurrence, by the asynchronous copies that GPUs have
+# from compute capability 8.0 on; the compiler ignores it for older ones.
+_STAGES = tl.constexpr(4)
 _SIZES = ["steps", "batch", "n"]  # one compiled kernel for all of them
 
 
@@ -99,8 +101,9 @@ class FusedRecurrence:
 
 
 def check(device: torch.device) -> None:
-    """Compile both kernels and run them on next to nothing; raises whatever keeps them from running."""
+    """Compile both kernels, with and without a mask, and run them on next to nothing; raises what prevents it."""
     lam, states, adjoints = (torch.zeros(*k, 1, dtype=torch.complex64, device=device) for k in ((), (2, 1), (1, 1)))
     smallest = FusedRecurrence(lam, states, adjoints)
-    smallest.advance(1, None)
-    smallest.retreat(1, torch.zeros_like(states[0]), None)
+    for live in (None, torch.ones(1, 1, dtype=torch.bool, device=device)):
+        smallest.advance(1, live)
+        smallest.retreat(1, torch.zeros_like(states[0]), live)

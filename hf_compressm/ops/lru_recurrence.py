@@ -82,6 +82,8 @@ def recurrence_on(device: torch.device) -> type:
 
             _lru_triton.check(device)
             return _lru_triton.FusedRecurrence
+        except torch.OutOfMemoryError:
+            raise  # says nothing of Triton; with more room the next call checks again
         except Exception as error:  # Triton needs a C compiler and a GPU that it knows; PyTorch can do without
             logger.warning(
                 "Triton cannot be used (%s): the recurrence of MIMO SSM runs step by step in PyTorch, slowly", error

@@ -9,10 +9,8 @@ import sys
 import pytest
 import torch
 from ops.scans import assert_same, make_lru_inputs, make_mask, outputs_and_gradients, to_float32
-from torch._subclasses import FakeTensorMode
 
 from hf_compressm.ops import lru_scan, lru_scan_reference
-from hf_compressm.ops.lru_recurrence import Recurrence, recurrence_on
 
 pytest.importorskip("triton")
 from hf_compressm.ops import _lru_triton
@@ -38,14 +36,6 @@ def device(request, monkeypatch):
         monkeypatch.setattr(lru, "recurrence_on", lambda device: FusedRecurrence)
     assert lru.recurrence_on(torch.device(request.param, 0)) is FusedRecurrence
     return request.param
-
-
-@pytest.fixture
-def choice():
-    """The choice between the implementations, made anew."""
-    recurrence_on.cache_clear()
-    yield recurrence_on
-    recurrence_on.cache_clear()
 
 
 def on(device, inputs):
@@ -147,37 +137,20 @@ print("compiled")
 def test_the_compiler_takes_the_kernels(repo_env, tmp_path):
     env = {name: value for name, value in repo_env.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "compiled"
 
 
-@pytest.mark.parametrize("missing", [True, False], ids=["missing", "failing"])
-def test_without_triton_the_steps_run_in_pytorch(choice, monkeypatch, caplog, missing):
-    def check(device):
-        raise RuntimeError("Failed to find C compiler")
+def test_the_check_runs_what_a_run_would(device, monkeypatch):
+    launched = []
+    launch = FusedRecurrence._launch
 
-    if missing:
-        monkeypatch.delattr("hf_compressm.ops._lru_triton")
-        monkeypatch.setitem(sys.modules, _lru_triton.__name__, None)
-    else:
-        monkeypatch.setattr(_lru_triton, "check", check)
-    assert choice(torch.device("cpu")) is Recurrence
-    assert not caplog.records
-    assert choice(torch.device("cuda")) is choice(torch.device("cuda")) is Recurrence
-    (record,) = caplog.records
-    assert "runs step by step in PyTorch" in record.getMessage()
-    assert missing or "Failed to find C compiler" in record.getMessage()
+    def record(self, kernel, tensors, live, steps):
+        launched.append((kernel, live is None))
+        launch(self, kernel, tensors, live, steps)
 
-
-def test_on_a_gpu_the_kernels_run_over_long_chunks(choice, monkeypatch):
-    monkeypatch.setattr(_lru_triton, "check", lambda device: None)
-    assert choice(torch.device("cuda")) is FusedRecurrence
-    chunks = []
-    scan = lru._scan
-    monkeypatch.setattr(lru, "_scan", lambda *args: chunks.append(args[-1]) or scan(*args))
-    inputs = make_lru_inputs(2, 40, 3, 2, 2, dtype=torch.float32)
-    lru_scan(*inputs)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(x.detach()) for x in inputs]
-        lru_scan(*(torch.empty_like(x, device="cuda") for x in fakes))
-    assert chunks == [lru.CHUNK_SIZE, lru.GPU_CHUNK_SIZE]
+    monkeypatch.setattr(FusedRecurrence, "_launch", record)
+    _lru_triton.check(torch.device(device))
+    kernels = (_lru_triton._advance, _lru_triton._retreat)
+    assert launched == [(kernel, unmasked) for unmasked in (True, False) for kernel in kernels]
