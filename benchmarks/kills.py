@@ -38,7 +38,7 @@ from hf_compressm import (
 from hf_compressm.training import callback as callback_module
 from hf_compressm.training.checkpoint import last_whole_checkpoint
 from hf_compressm.training.rollback import Rollback
-from hf_compressm.training.snapshot import SnapshotStore
+from hf_compressm.training.snapshot import FOLDER, SnapshotStore
 
 from .common import ROOT, save_results
 
@@ -269,16 +269,33 @@ def train(name: str, seed: int, path: Path, pipe: int, resume: bool) -> None:
 def difference(one: Path, other: Path) -> str:
     """What differs between two output directories; "equal" if nothing does.
 
+    Which old checkpoints are kept can differ, and is told: transformers deletes those that were changed first, and one
+    that it was deleting when it was killed was changed last.
+    """
+    kept = [{path.name for path in directory.glob("checkpoint-*")} for directory in (one, other)]
+    files = [_files(directory, kept[0] & kept[1]) for directory in (one, other)]
+    if files[0] != files[1]:
+        return f"files differ: {sorted(files[0] ^ files[1])}"
+    different = sorted(name for name in files[0] if not _equal(one / name, other / name))
+    if different:
+        return f"contents differ: {different}"
+    return "equal" if kept[0] == kept[1] else "equal, but other old checkpoints are kept"
+
+
+def _files(directory: Path, checkpoints: set[str]) -> set[str]:
+    """Names of the files in some checkpoints and outside of all, but for the snapshots that belong to others.
+
     A file that safetensors was writing beside a checkpoint's when it was killed stays there, and does not matter.
     """
-    files = [
-        sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and not p.match("checkpoint-*/.tmp*"))
-        for path in (one, other)
-    ]
-    if files[0] != files[1]:
-        return f"files differ: {sorted(set(files[0]) ^ set(files[1]))}"
-    different = [name for name in files[0] if not _equal(one / name, other / name)]
-    return f"contents differ: {different}" if different else "equal"
+    first = min((int(name.removeprefix("checkpoint-")) for name in checkpoints), default=0)
+    found = set()
+    for path in directory.rglob("*"):
+        name = path.relative_to(directory)
+        in_another = name.parts[0].startswith("checkpoint-") and name.parts[0] not in checkpoints
+        of_another = name.match(f"{FOLDER}/step-*") and int(name.stem.removeprefix("step-")) < first
+        if path.is_file() and not (in_another or of_another or name.match("checkpoint-*/.tmp*")):
+            found.add(str(name))
+    return found
 
 
 def _equal(one: Path, other: Path) -> bool:
