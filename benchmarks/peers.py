@@ -209,18 +209,20 @@ def lru_step(contender: str, L: int, n: int, H: int, batch: int) -> Callable:
     weights = [lam.real.clone(), lam.imag.clone(), *(torch.randn(s) for s in ((n, H), (n, H), (H, n), (H, n)))]
     for weight in weights:
         weight.requires_grad_()
-    if contender == PLAIN:
-        run = lambda u: lru_scan_reference(u, *weights)[0]  # noqa: E731
-    elif contender == PURE:
-        run = lambda u: lru_scan(u, *weights, final_state=False)[0]  # noqa: E731
-    else:
-        run = lambda u: _recurrence(u, *weights)[0]  # noqa: E731
+    scan = LRU_SCANS[contender]
+
+    def run(u: torch.Tensor) -> torch.Tensor:
+        return scan(u, *weights, final_state=False)[0]
+
     return _forward_and_backward(run, weights, (batch, L, H))
 
 
 def _recurrence(*args, **kwargs) -> tuple:
     """The scan as it runs where the last state is wanted, too: not by a convolution."""
     return lru_scan(*args, **(kwargs | {"final_state": True}))
+
+
+LRU_SCANS = {PURE: lru_scan, PLAIN: lru_scan_reference, "recurrence in chunks": _recurrence}
 
 
 def _products(L: int, n: int, H: int, batch: int, gated: bool = False) -> Callable:
@@ -253,10 +255,9 @@ def lru_training_step(contender: str, L: int, n: int, H: int, batch: int) -> Cal
     optimizer = torch.optim.AdamW(model.parameters())
     pixels, labels = torch.randn(batch, L, 1), torch.randint(10, (batch,))
     module = sys.modules[MimoSSMBlock.__module__]
-    scans = {PLAIN: lru_scan_reference, "recurrence in chunks": _recurrence}
 
     def step(backward: bool) -> None:
-        scan, module.lru_scan = module.lru_scan, scans.get(contender, module.lru_scan)
+        scan, module.lru_scan = module.lru_scan, LRU_SCANS[contender]
         try:
             with torch.set_grad_enabled(backward):
                 loss = model(input_values=pixels, labels=labels).loss
